@@ -1,0 +1,70 @@
+// The Python face of the CPU kernels. Pointers arrive as integers: Python has already checked
+// device, dtype, strides and storage size, and allocates every output.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "isa.h"
+#include "parallel.h"
+#include "sparse_kl_driver.h"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// None, or (what, row, value) of the first fault.
+py::object report(const mdk::Fault& fault) {
+  if (fault.what == nullptr) return py::none();
+  return py::make_tuple(fault.what, fault.row, fault.value);
+}
+
+py::object sparse_kl(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t vocab, int dtype,
+                     uintptr_t row_offsets, uintptr_t token_ids, uintptr_t probs, int probs_dtype,
+                     int64_t nnz, uintptr_t labels, int64_t ignore_index, uintptr_t kl,
+                     uintptr_t ce, uintptr_t lse, bool grad_only, uintptr_t grad,
+                     int64_t grad_stride, uintptr_t kl_coef, uintptr_t ce_coef, int threads) {
+  const MdkSparseKL args = {pointer<void>(logits),
+                            row_stride,
+                            rows,
+                            vocab,
+                            dtype,
+                            pointer<int64_t>(row_offsets),
+                            pointer<int32_t>(token_ids),
+                            pointer<void>(probs),
+                            probs_dtype,
+                            pointer<int64_t>(labels),
+                            ignore_index,
+                            pointer<float>(kl),
+                            pointer<float>(ce),
+                            pointer<double>(lse),
+                            grad_only,
+                            pointer<void>(grad),
+                            grad_stride,
+                            pointer<float>(kl_coef),
+                            pointer<float>(ce_coef)};
+  mdk::Fault fault;
+  {
+    py::gil_scoped_release release;
+    fault = mdk::sparse_kl(args, nnz, threads);
+  }
+  return report(fault);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "CPU kernels of mdkernels (no libtorch inside)";
+  m.def("isa", [] { return std::string(mdk::kernels().name); });
+  m.def("set_isa", &mdk::set_isa);
+  m.def("compiled_isas", &mdk::compiled_isas);
+  m.def("supported_isas", &mdk::supported_isas);
+  m.def("after_fork", &mdk::after_fork);
+  m.def("advise_huge_pages", [](uintptr_t data, int64_t bytes) {
+    mdk::advise_huge_pages(pointer<void>(data), bytes);
+  });
+  m.def("sparse_kl", &sparse_kl);
+}

@@ -1,0 +1,3 @@
+#define MDK_ISA_NAME "generic"
+#define MDK_TABLE mdk_kernels_generic
+#include "kernels.inl"

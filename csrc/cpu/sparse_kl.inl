@@ -1,0 +1,163 @@
+// sparse_kl on a range of rows: loss, gradient, or both in one visit. The derivation is in
+// mdkernels/ops/sparse_kl/README.md; names follow it. Included inside an anonymous namespace.
+
+MDK_INLINE float load_prob(const void* probs, int dtype, int64_t i) {
+  if (dtype == MDK_F32) return ((const float*)probs)[i];
+  if (dtype == MDK_BF16) return to_float(((const bf16_t*)probs)[i]);
+  return to_float(((const f16_t*)probs)[i]);
+}
+
+// Index of `id` among the merged targets of this row, appended with probability 0 if new.
+template <class T>
+MDK_INLINE int32_t find_or_add(MdkSparseKLScratch* s, const T* x, int32_t id, int32_t* count) {
+  uint32_t h = (uint32_t)id * 2654435769u;
+  h = (h ^ (h >> 15)) & s->table_mask;
+  while (s->table[h].stamp == s->stamp) {
+    if (s->table[h].id == id) return s->table[h].entry;
+    h = (h + 1) & s->table_mask;
+  }
+  const int32_t entry = (*count)++;
+  s->table[h] = MdkSlot{id, entry, s->stamp};
+  s->ids[entry] = id;
+  s->probs[entry] = 0.0f;
+  // The logit is fetched now: an in-place gradient overwrites it.
+  s->logits[entry] = to_float(x[id]);
+  return entry;
+}
+
+template <class T>
+MDK_INLINE void fill_zero(T* row, int64_t n) {
+  memset(row, 0, (size_t)n * sizeof(T));
+}
+
+// row <- scale * exp(x - max). `next` is where this thread reads afterwards: its lines are requested
+// here, while the arithmetic of this pass leaves the memory system idle.
+template <class T>
+MDK_INLINE void write_softmax(const T* x, T* out, int64_t n, float max, float scale, const T* next) {
+  const vf reference = vset(max), k = vset(kLog2E), factor = vset(scale);
+  constexpr int64_t step = 4 * W;
+  vf a, b, c, d;
+  int64_t i = 0;
+  for (; i + step <= n; i += step) {
+    for (int64_t line = 0; line < step; line += 64 / (int64_t)sizeof(T))
+      __builtin_prefetch(next + i + line, 0, 2);
+    load2(x + i, &a, &b);
+    load2(x + i + 2 * W, &c, &d);
+    a = vexp2_scaled((a - reference) * k, factor);
+    b = vexp2_scaled((b - reference) * k, factor);
+    c = vexp2_scaled((c - reference) * k, factor);
+    d = vexp2_scaled((d - reference) * k, factor);
+    store2(out + i, a, b);
+    store2(out + i + 2 * W, c, d);
+  }
+  for (; i < n; i += 2 * W) {
+    if (i + 2 * W <= n) {
+      load2(x + i, &a, &b);
+      a = vexp2_scaled((a - reference) * k, factor);
+      b = vexp2_scaled((b - reference) * k, factor);
+      store2(out + i, a, b);
+    } else {
+      load2_tail(x + i, n - i, -INFINITY, &a, &b);
+      a = vexp2_scaled((a - reference) * k, factor);
+      b = vexp2_scaled((b - reference) * k, factor);
+      store2_tail(out + i, n - i, a, b);
+    }
+  }
+}
+
+// The entries of dz at the targets, in fp32 from the original logits, rounded once.
+template <class T>
+MDK_INLINE void correct_targets(const MdkSparseKLScratch* s, T* grad, int32_t count, int32_t gold,
+                                float max, float scale, float kl_coef, float ce_coef) {
+  for (int32_t i = 0; i < count; i += W) {
+    const vf z = vload(s->logits + i), p = vload(s->probs + i);
+    const vf dense = vexp2_scaled((z - vset(max)) * vset(kLog2E), vset(scale));
+    vstore(s->work + i, dense - vset(kl_coef) * p);
+  }
+  if (gold >= 0) s->work[gold] -= ce_coef;
+  for (int32_t i = 0; i < count; ++i) from_float(s->work[i], grad + s->ids[i]);
+}
+
+MDK_INLINE double sparse_kl_loss(const MdkSparseKLScratch* s, int32_t count, double log_normalizer,
+                                 float max) {
+  for (int32_t i = 0; i < count; i += W) vstore(s->work + i, vlog(vload(s->probs + i)));
+  double kl = 0.0;
+  for (int32_t i = 0; i < count; ++i) {
+    const double p = s->probs[i];
+    const double logprob = ((double)s->logits[i] - (double)max) - log_normalizer;
+    if (p > 0.0)
+      kl += p * ((double)s->work[i] - logprob);
+    else if (!(p == 0.0))
+      kl = NAN;  // a negative or NaN probability
+  }
+  return kl;
+}
+
+template <class T>
+void sparse_kl_typed(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = (const T*)a->logits + row * a->row_stride;
+    T* grad = a->grad ? (T*)a->grad + row * a->grad_stride : nullptr;
+    const bool ignored = a->labels && a->labels[row] == a->ignore_index;
+    if (ignored) {
+      if (grad) fill_zero(grad, a->vocab);
+      if (a->kl && !a->grad_only) a->kl[row] = 0.0f;
+      if (a->ce && !a->grad_only) a->ce[row] = 0.0f;
+      if (a->lse && !a->grad_only) a->lse[row] = 0.0;
+      continue;
+    }
+
+    if (++s->stamp == 0) {  // wrapped after 2^32 rows: old stamps could look current
+      memset(s->table, 0, ((size_t)s->table_mask + 1) * sizeof(MdkSlot));
+      s->stamp = 1;
+    }
+    int32_t count = 0, gold = -1;
+    float mass = 0.0f;
+    if (a->row_offsets) {
+      double total = 0.0;
+      for (int64_t i = a->row_offsets[row]; i < a->row_offsets[row + 1]; ++i) {
+        const float p = load_prob(a->probs, a->probs_dtype, i);
+        s->probs[find_or_add(s, x, a->token_ids[i], &count)] += p;
+        total += (double)p;
+      }
+      mass = (float)total;
+    }
+    if (a->labels) gold = find_or_add(s, x, (int32_t)a->labels[row], &count);
+    for (int i = 0; i < W; ++i) {  // the slack that completes the last vector
+      s->probs[count + i] = 0.0f;
+      s->logits[count + i] = 0.0f;
+    }
+
+    float max;
+    double log_normalizer;  // lse - max
+    if (a->grad_only) {
+      max = (float)a->lse[row];
+      log_normalizer = a->lse[row] - (double)max;
+    } else {
+      const SumExp acc = row_sum_exp(x, a->vocab, 1.0f);
+      max = acc.max;
+      log_normalizer = log(acc.sum);
+      if (a->lse) a->lse[row] = (double)max + log_normalizer;
+      if (a->kl) a->kl[row] = (float)sparse_kl_loss(s, count, log_normalizer, max);
+      if (a->ce)
+        a->ce[row] = gold < 0 ? 0.0f
+                              : (float)(log_normalizer -
+                                        ((double)s->logits[gold] - (double)max));
+    }
+    if (!grad) continue;
+    const float kl_coef = a->kl_coef[row], ce_coef = gold < 0 ? 0.0f : a->ce_coef[row];
+    const float scale = (float)(((double)kl_coef * mass + ce_coef) * exp(-log_normalizer));
+    const T* next = row + 1 < a->rows ? x + a->row_stride : x;
+    write_softmax(x, grad, a->vocab, max, scale, next);
+    correct_targets(s, grad, count, gold, max, scale, kl_coef, ce_coef);
+  }
+}
+
+void sparse_kl(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin, int64_t end) {
+  if (a->dtype == MDK_F32)
+    sparse_kl_typed<float>(a, s, begin, end);
+  else if (a->dtype == MDK_BF16)
+    sparse_kl_typed<bf16_t>(a, s, begin, end);
+  else
+    sparse_kl_typed<f16_t>(a, s, begin, end);
+}

@@ -1,0 +1,87 @@
+#include "sparse_kl_driver.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace mdk {
+namespace {
+
+Fault check_offsets(const MdkSparseKL& a, int64_t nnz) {
+  if (a.row_offsets[0] != 0) return {"first_offset", 0, a.row_offsets[0]};
+  for (int64_t row = 0; row < a.rows; ++row)
+    if (a.row_offsets[row + 1] < a.row_offsets[row])
+      return {"descending_offsets", row, a.row_offsets[row + 1]};
+  if (a.row_offsets[a.rows] != nnz) return {"last_offset", a.rows, a.row_offsets[a.rows]};
+  return no_fault;
+}
+
+Fault check_ids(const MdkSparseKL& a, int64_t nnz) {
+  const auto vocab = static_cast<uint64_t>(a.vocab);
+  bool ok = true;  // branch-free, so that the common case vectorises
+  for (int64_t i = 0; i < nnz; ++i)
+    ok &= static_cast<uint64_t>(static_cast<int64_t>(a.token_ids[i])) < vocab;
+  for (int64_t row = 0; !ok && row < a.rows; ++row)
+    for (int64_t i = a.row_offsets[row]; i < a.row_offsets[row + 1]; ++i)
+      if (static_cast<uint64_t>(static_cast<int64_t>(a.token_ids[i])) >= vocab)
+        return {"token_id", row, a.token_ids[i]};
+  return no_fault;
+}
+
+Fault check_labels(const MdkSparseKL& a) {
+  for (int64_t row = 0; row < a.rows; ++row)
+    if (a.labels[row] != a.ignore_index &&
+        static_cast<uint64_t>(a.labels[row]) >= static_cast<uint64_t>(a.vocab))
+      return {"label", row, a.labels[row]};
+  return no_fault;
+}
+
+struct Scratch {
+  std::vector<MdkSlot> table;
+  std::vector<int32_t> ids;
+  std::vector<float> floats;
+  MdkSparseKLScratch view;
+
+  explicit Scratch(int64_t longest_row) {
+    constexpr int64_t slack = 64;  // a label and a full vector
+    const int64_t capacity = longest_row + slack;
+    int64_t slots = 64;
+    while (slots < 2 * capacity) slots *= 2;
+    table.resize(slots, MdkSlot{0, 0, 0});
+    ids.resize(capacity);
+    floats.resize(3 * capacity);
+    view = {table.data(), static_cast<uint32_t>(slots - 1), 0,
+            ids.data(),   floats.data(),
+            floats.data() + capacity, floats.data() + 2 * capacity};
+  }
+};
+
+}  // namespace
+
+Fault sparse_kl(const MdkSparseKL& args, int64_t nnz, int threads) {
+  int64_t longest = 0;
+  if (args.row_offsets) {
+    if (Fault fault = check_offsets(args, nnz); fault.what) return fault;
+    if (Fault fault = check_ids(args, nnz); fault.what) return fault;
+    for (int64_t row = 0; row < args.rows; ++row)
+      longest = std::max(longest, args.row_offsets[row + 1] - args.row_offsets[row]);
+  }
+  if (args.labels)
+    if (Fault fault = check_labels(args); fault.what) return fault;
+
+  const auto body = kernels().sparse_kl;
+  // Contiguous runs keep the next-row prefetch useful; eight per thread even out the end.
+  const int64_t chunk = std::max<int64_t>(1, args.rows / (8 * std::max(threads, 1)));
+  const int workers = usable_threads((args.rows + chunk - 1) / chunk, threads);
+  std::vector<Scratch> scratch;
+  scratch.reserve(workers);  // `view` points into its own vectors: elements must not move
+  for (int i = 0; i < workers; ++i) scratch.emplace_back(longest);
+  parallel_rows(args.rows, threads, chunk, [&](int thread, int64_t begin, int64_t end) {
+    body(&args, &scratch[thread].view, begin, end);
+  });
+  return no_fault;
+}
+
+}  // namespace mdk

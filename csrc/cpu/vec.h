@@ -1,0 +1,242 @@
+// The few vector operations that the kernel bodies use, for the instruction set that the including
+// file was compiled for. Everything sits in an anonymous namespace: two instruction sets must never
+// share a symbol.
+//
+// vf is W floats. `+ - *` work on it directly (GCC/Clang vector types).
+#pragma once
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#include "kernels.h"
+
+#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
+#include <immintrin.h>
+#endif
+
+#define MDK_INLINE inline __attribute__((always_inline))
+
+namespace {
+
+constexpr float kLog2E = 1.44269504088896340736f;
+constexpr float kLn2 = 0.69314718055994530942f;
+constexpr float kLowest = -3.402823466e+38f;  // finite stand-in for the maximum of an empty set
+
+// Minimax coefficients of 2^f on [-1/2, 1/2], degree 5: relative error 7.5e-8, about half an ulp.
+constexpr float kExp2C0 = 1.00000007166f, kExp2C1 = 0.693146967063f, kExp2C2 = 0.240221197212f,
+                kExp2C3 = 0.0555071327465f, kExp2C4 = 0.00967554147985f,
+                kExp2C5 = 0.00132764720285f;
+
+#if defined(MDK_ISA_AVX512)
+
+typedef __m512 vf;
+typedef __m512i vi;
+constexpr int W = 16;
+MDK_INLINE vf vset(float x) { return _mm512_set1_ps(x); }
+MDK_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
+MDK_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
+MDK_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+MDK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // NaN in either: returns b
+MDK_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
+MDK_INLINE float vhsum(vf x) { return _mm512_reduce_add_ps(x); }
+MDK_INLINE float vhmax(vf x) { return _mm512_reduce_max_ps(x); }
+MDK_INLINE vf vround(vf x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// 2^f * 2^n: vscalef saturates and underflows as 2^t itself would, NaN stays NaN.
+MDK_INLINE vf vldexp(vf y, vf n, vf t) {
+  (void)t;
+  return _mm512_scalef_ps(y, n);
+}
+// x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)). x positive.
+MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
+  const vf m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
+  const vf e = _mm512_getexp_ps(x);
+  const __mmask16 high = _mm512_cmp_ps_mask(m, vset(1.41421356f), _CMP_GT_OQ);
+  *mantissa = _mm512_mask_mul_ps(m, high, m, vset(0.5f));
+  *exponent = _mm512_mask_add_ps(e, high, e, vset(1.0f));
+}
+
+#elif defined(MDK_ISA_AVX2)
+
+typedef __m256 vf;
+typedef __m256i vi;
+constexpr int W = 8;
+MDK_INLINE vf vset(float x) { return _mm256_set1_ps(x); }
+MDK_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
+MDK_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
+MDK_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
+MDK_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
+MDK_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
+MDK_INLINE vf vround(vf x) {
+  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+// 2^n for integral n in [-126, 127]
+MDK_INLINE vf vpow2(vf n) {
+  return _mm256_castsi256_ps(
+      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+MDK_INLINE vf vzero_where_less(vf x, float bound, vf value) {
+  return _mm256_andnot_ps(_mm256_cmp_ps(x, vset(bound), _CMP_LT_OQ), value);
+}
+
+#else
+
+constexpr int W = 4;
+typedef float vf __attribute__((vector_size(16)));
+typedef int32_t vi __attribute__((vector_size(16)));
+MDK_INLINE vf vset(float x) { return vf{x, x, x, x}; }
+MDK_INLINE vf vload(const float* p) {
+  vf x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+MDK_INLINE void vstore(float* p, vf x) { memcpy(p, &x, sizeof x); }
+MDK_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
+MDK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+MDK_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
+MDK_INLINE vf vround(vf x) {  // to nearest even, |x| < 2^22
+  const vf magic = vset(12582912.0f);
+  return (x + magic) - magic;
+}
+MDK_INLINE vf vpow2(vf n) {
+  const vi bits = (__builtin_convertvector(n, vi) + 127) << 23;
+  return (vf)bits;
+}
+MDK_INLINE vf vzero_where_less(vf x, float bound, vf value) {
+  const vi keep = ~(vi)(x < vset(bound));
+  return (vf)((vi)value & keep);
+}
+
+#endif
+
+#if !defined(MDK_ISA_AVX512)
+MDK_INLINE float vhsum(vf x) {
+  float s[W], total = 0.0f;
+  vstore(s, x);
+  for (int i = 0; i < W; ++i) total += s[i];
+  return total;
+}
+MDK_INLINE float vhmax(vf x) {
+  float s[W];
+  vstore(s, x);
+  float best = s[0];
+  for (int i = 1; i < W; ++i) best = s[i] > best ? s[i] : best;
+  return best;
+}
+// 2^f * 2^n, n clamped to [-126, 127] by the caller; below that the result is 0 (a subnormal
+// probability changes nothing).
+MDK_INLINE vf vldexp(vf y, vf n, vf t) { return vzero_where_less(t, -126.0f, y * vpow2(n)); }
+// x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)). x normal and positive.
+MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
+  float xs[W], ms[W], es[W];
+  vstore(xs, x);
+  for (int i = 0; i < W; ++i) {
+    int e;
+    float m = frexpf(xs[i], &e);  // [0.5, 1)
+    const bool low = m < 0.70710678f;
+    ms[i] = low ? 2.0f * m : m;
+    es[i] = (float)(low ? e - 1 : e);
+  }
+  *mantissa = vload(ms);
+  *exponent = vload(es);
+}
+#endif
+
+// scale * 2^t, any t: -inf gives 0, NaN stays NaN (hence the argument order of vmin and vmax).
+MDK_INLINE vf vexp2_scaled(vf t, vf scale) {
+#if defined(MDK_ISA_AVX512)
+  const vf c = t;
+  const vf f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n = t - f;
+#else
+  const vf c = vmin(vset(127.0f), vmax(vset(-126.0f), t));
+  const vf n = vround(c), f = c - n;
+#endif
+  (void)c;
+  vf y = vfma(vset(kExp2C5), f, vset(kExp2C4));
+  y = vfma(y, f, vset(kExp2C3));
+  y = vfma(y, f, vset(kExp2C2));
+  y = vfma(y, f, vset(kExp2C1));
+  y = vfma(y, f, vset(kExp2C0));
+  return vldexp(y * scale, n, t);
+}
+MDK_INLINE vf vexp2(vf t) { return vexp2_scaled(t, vset(1.0f)); }
+
+// Element types: bits as stored. A pair of vectors is loaded at a time; the order of lanes within a
+// pair is free as long as load2 and store2 agree.
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+MDK_INLINE float to_float(float x) { return x; }
+MDK_INLINE float to_float(bf16_t x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+MDK_INLINE float to_float(f16_t h) {
+#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
+  return _cvtsh_ss(h.bits);
+#else
+  const uint32_t sign = (uint32_t)(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
+  uint32_t bits;
+  if (magnitude >= 0x7c00) {
+    bits = 0x7f800000u | (magnitude & 0x3ff) << 13;
+  } else {
+    // Place the half's bits in a float's fields and rescale: exact, subnormals included.
+    const uint32_t shifted = magnitude << 13;
+    float y;
+    memcpy(&y, &shifted, 4);
+    y *= 0x1p112f;
+    memcpy(&bits, &y, 4);
+  }
+  bits |= sign;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+#endif
+}
+MDK_INLINE void from_float(float x, float* out) { *out = x; }
+MDK_INLINE void from_float(float x, bf16_t* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) {
+    out->bits = (uint16_t)(bits >> 16 | 0x40);  // quiet NaN: rounding could carry it into infinity
+  } else {
+    out->bits = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+MDK_INLINE void from_float(float x, f16_t* out) {
+#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
+  out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) {
+    out->bits = sign | 0x7e00;
+  } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
+    out->bits = sign | 0x7c00;
+  } else if (magnitude < 0x38800000) {  // subnormal half: let the adder round at 2^-24
+    float y;
+    memcpy(&y, &magnitude, 4);
+    y += 0.5f;
+    uint32_t rounded;
+    memcpy(&rounded, &y, 4);
+    out->bits = sign | (uint16_t)(rounded - 0x3f000000);
+  } else {
+    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+    out->bits = sign | (uint16_t)((rounded - 0x38000000) >> 13);
+  }
+#endif
+}
+
+#include "vec_io.h"
+#include "vec_log.h"
+
+}  // namespace

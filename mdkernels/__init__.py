@@ -1,0 +1,20 @@
+"""mdkernels: a performance engine for Memory Decoder (arXiv 2508.09874).
+
+The operators, importable by any trainer; the pipeline stages live in the modules named after them.
+"""
+
+from .ops.dispatch import BackendUnavailable, backends
+from .ops.sparse_kl import SparseKLOutput, sparse_kl
+from .ops.sparse_targets import SparseTargets
+from .ops.token_logprobs import token_logprobs
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailable",
+    "SparseKLOutput",
+    "SparseTargets",
+    "backends",
+    "sparse_kl",
+    "token_logprobs",
+]

@@ -1,0 +1,169 @@
+"""The one dispatch point: which backend runs an operator, and why the others do not.
+
+Order of choice: the ``backend=`` argument, then the environment variable ``MDK_BACKEND``, then the
+priority list of the device. A named backend runs or raises `BackendUnavailable`; only ``"auto"``
+falls through the list. No other file decides between backends.
+
+A backend of an operator is a module ``mdkernels.ops.<op>.<backend>_kernels`` (``reference`` for the
+eager one) whose functions have the same signatures as the operator's torch.library schemas, without
+the trailing ``backend``. It may define ``DTYPES``, the logits dtypes it takes.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+from . import native
+
+OPS = ("sparse_kl", "token_logprobs", "logit_mix", "mix_argmax", "mix_sample", "knn_targets")
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+# Fastest first. cpu before reference: bench/results/*/sparse_kl.json and its siblings.
+PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton", "reference")}
+FALLBACK = ("reference",)  # any other device
+
+
+class BackendUnavailable(RuntimeError):
+    """A backend that was asked for by name cannot run here; the message says why."""
+
+
+def _device_reason(backend: str, device_type: str) -> str | None:
+    """Why `backend` cannot run on tensors of `device_type` in this process, or None."""
+    if backend == "reference":
+        return None
+    if backend == "cpu":
+        if device_type != "cpu":
+            return f"it takes CPU tensors, not {device_type} tensors"
+        extension = native.load("_cpu")
+        if extension.module is None:
+            return extension.reason
+        extension.module.isa()  # raises ValueError for an MDK_CPU_ISA that cannot run
+        return None
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed (pip install 'mdkernels[triton]')"
+        if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "CPU tensors need the interpreter: set TRITON_INTERPRET=1 before the import"
+        if device_type not in ("cpu", "cuda"):
+            return f"it takes CUDA tensors, not {device_type} tensors"
+        return None
+    if device_type != "cuda":
+        return f"it takes CUDA tensors, not {device_type} tensors"
+    if not torch.cuda.is_available():
+        return "no CUDA device is visible to torch"
+    return native.load("_cuda").reason
+
+
+def _module_name(op: str, backend: str) -> str:
+    stem = "reference" if backend == "reference" else f"{backend}_kernels"
+    return f"mdkernels.ops.{op}.{stem}"
+
+
+@functools.cache
+def _unavailable(op: str, backend: str, device_type: str) -> str | None:
+    try:
+        found = importlib.util.find_spec(_module_name(op, backend)) is not None
+    except ModuleNotFoundError:
+        found = False
+    if not found:
+        return f"{op} has no {backend} implementation"
+    return _device_reason(backend, device_type)
+
+
+@functools.cache
+def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> ModuleType:
+    if requested not in (*BACKENDS, "auto"):
+        raise ValueError(
+            f"backend: got {requested!r}; expected 'auto' or one of {', '.join(BACKENDS)} "
+            "(argument backend= or environment variable MDK_BACKEND)"
+        )
+    automatic = requested == "auto"
+    candidates = PRIORITY.get(device_type, FALLBACK) if automatic else (requested,)
+    reasons = []
+    for backend in candidates:
+        reason = _unavailable(op, backend, device_type)
+        if reason is None:
+            module = importlib.import_module(_module_name(op, backend))
+            dtypes = getattr(module, "DTYPES", None)
+            if dtypes is None or dtype in dtypes:
+                return module
+            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            reason = f"it takes {names}, not {str(dtype).removeprefix('torch.')}"
+        reasons.append(f"backend {backend!r} cannot run {op} here: {reason}")
+    raise BackendUnavailable("; ".join(reasons))
+
+
+def resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> ModuleType:
+    """The module that runs `op` on such tensors. Pure apart from reading MDK_BACKEND."""
+    if requested == "auto":
+        requested = os.environ.get("MDK_BACKEND") or "auto"
+    return _resolve(op, requested, device_type, dtype)
+
+
+_library = torch.library.Library("mdk", "DEF")
+
+
+def define(op: str, function: str, schema: str, fake, mutates: bool = False):
+    """Register ``mdk::<op>_<function>`` and return its overload, the only way to call a backend.
+
+    `schema` is the signature after the name; its last argument must be ``str backend``, and its
+    first tensor decides device and dtype. With `mutates`, that first tensor is written in place.
+    """
+    name = f"{op}_{function}"
+    _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def run(*args):
+        first, backend = args[0], args[-1]
+        module = resolve(op, backend, first.device.type, first.dtype)
+        result = getattr(module, function)(*args[:-1])
+        if mutates and not first.is_inference():
+            # Writing through a raw pointer is invisible to autograd; this makes a stale saved
+            # tensor an error instead of a wrong gradient.
+            torch.autograd.graph.increment_version(first)
+        return result
+
+    for key in ("CPU", "CUDA"):
+        _library.impl(name, run, key)
+    torch.library.register_fake(f"mdk::{name}", fake, lib=_library)
+    return getattr(torch.ops.mdk, name).default
+
+
+class BackendRow(NamedTuple):
+    op: str
+    backend: str
+    available: bool
+    reason: str  # why not; empty when available
+
+
+class BackendTable(list):
+    """A list of `BackendRow` that prints as a table."""
+
+    def __repr__(self) -> str:
+        lines = [f"{'op':<16}{'backend':<11}available"]
+        for row in self:
+            state = "yes" if row.available else f"no: {row.reason}"
+            lines.append(f"{row.op:<16}{row.backend:<11}{state}")
+        return "\n".join(lines)
+
+
+def backends() -> BackendTable:
+    """Every op with every backend: available on this machine, or the reason why not.
+
+    A backend counts as available when it runs on its natural device: cpu on CPU tensors, cuda and
+    triton on CUDA tensors (triton on CPU tensors under TRITON_INTERPRET=1).
+    """
+    table = BackendTable()
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    for op in OPS:
+        for backend in BACKENDS:
+            on_gpu = backend == "cuda" or (backend == "triton" and not interpreted)
+            reason = _unavailable(op, backend, "cuda" if on_gpu else "cpu")
+            if reason is None and on_gpu and not torch.cuda.is_available():
+                reason = "no CUDA device is visible to torch"
+            table.append(BackendRow(op, backend, reason is None, reason or ""))
+    return table

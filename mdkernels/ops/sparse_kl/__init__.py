@@ -1,0 +1,234 @@
+"""KL to a sparse kNN target plus cross-entropy, forward and backward. Derivation: README.md."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import checks, dispatch
+from ..sparse_targets import SparseTargets
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class SparseKLOutput(NamedTuple):
+    """All in nats, fp32 (fp64 for fp64 logits); scalars, or (N,) with reduction="none"."""
+
+    loss: Tensor  # kl_weight * kl + (1 - kl_weight) * ce
+    kl: Tensor  # KL(target || softmax(logits))
+    ce: Tensor  # -log softmax(logits)[label]
+
+
+_SPARSE = "Tensor row_offsets, Tensor token_ids, Tensor probs, Tensor? labels, int ignore_index"
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def _fake_forward(logits, row_offsets, token_ids, probs, labels, ignore_index, backend):
+    rows = logits.new_empty(logits.shape[0], dtype=_wide(logits))
+    return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.float64)
+
+
+def _fake_backward(logits, *args):
+    return logits.new_empty(logits.shape)
+
+
+def _fake_forward_backward_(logits, *args):
+    rows = logits.new_empty(logits.shape[0], dtype=_wide(logits))
+    return rows, torch.empty_like(rows)
+
+
+_forward = dispatch.define(
+    "sparse_kl",
+    "forward",
+    f"(Tensor logits, {_SPARSE}, str backend) -> (Tensor kl, Tensor ce, Tensor lse)",
+    _fake_forward,
+)
+_backward = dispatch.define(
+    "sparse_kl",
+    "backward",
+    f"(Tensor logits, {_SPARSE}, Tensor lse, Tensor kl_coef, Tensor ce_coef, str backend)"
+    " -> Tensor",
+    _fake_backward,
+)
+_forward_backward_ = dispatch.define(
+    "sparse_kl",
+    "forward_backward_",
+    f"(Tensor(a!) logits, {_SPARSE}, Tensor kl_coef, Tensor ce_coef, str backend)"
+    " -> (Tensor kl, Tensor ce)",
+    _fake_forward_backward_,
+    mutates=True,
+)
+_scale_ = dispatch.define(
+    "sparse_kl",
+    "scale_",
+    "(Tensor(a!) grad, Tensor factor, str backend) -> ()",
+    lambda grad, factor, backend: None,
+    mutates=True,
+)
+
+
+class _Rows(torch.autograd.Function):
+    """(kl, ce) per row; the gradient is computed in the backward, into a new tensor."""
+
+    @staticmethod
+    def forward(ctx, logits, row_offsets, token_ids, probs, labels, ignore_index, backend):
+        sparse = (row_offsets, token_ids, probs, labels, ignore_index)
+        kl, ce, lse = _forward(logits, *sparse, backend)
+        ctx.save_for_backward(logits, row_offsets, token_ids, probs, labels, lse)
+        ctx.ignore_index, ctx.backend = ignore_index, backend
+        return kl, ce
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dkl, dce):
+        *tensors, lse = ctx.saved_tensors
+        dlogits = _backward(*tensors, ctx.ignore_index, lse, dkl, dce, ctx.backend)
+        return dlogits, None, None, None, None, None, None
+
+
+class _InPlace(torch.autograd.Function):
+    """(loss, kl, ce) where the logits become d(loss)/d(logits) already in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx,
+        logits,
+        row_offsets,
+        token_ids,
+        probs,
+        labels,
+        ignore_index,
+        kl_weight,
+        reduction,
+        backend,
+    ):
+        rows = torch.ones(logits.shape[0], dtype=_wide(logits), device=logits.device)
+        if reduction == "mean":
+            rows = rows / _valid_rows(logits, labels, ignore_index)
+        sparse = (row_offsets, token_ids, probs, labels, ignore_index)
+        coefs = (kl_weight * rows, (1.0 - kl_weight) * rows)
+        kl, ce = _forward_backward_(logits, *sparse, *coefs, backend)
+        ctx.save_for_backward(logits)
+        ctx.backend = backend
+        output = _combine(kl, ce, labels, ignore_index, kl_weight, reduction)
+        ctx.mark_non_differentiable(output.kl, output.ce)
+        return tuple(output)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dloss, _dkl, _dce):
+        (grad,) = ctx.saved_tensors
+        _scale_(grad, dloss, ctx.backend)
+        return grad, None, None, None, None, None, None, None, None
+
+
+def sparse_kl(
+    logits: Tensor,
+    targets: SparseTargets,
+    labels: Tensor | None = None,
+    *,
+    kl_weight: float = 0.5,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    inplace: bool = False,
+    backend: str = "auto",
+) -> SparseKLOutput:
+    """The Memory Decoder loss (arXiv 2508.09874, eq. 4-6) against sparse targets.
+
+    Equivalent to, with p = targets.to_dense(V) and dense (N, V) tensors that are never built here::
+
+        q = logits.float().log_softmax(1)
+        kl = (xlogy(p, p) - p * q).sum(1)               # forward KL(p || q), teacher first
+        ce = F.cross_entropy(logits.float(), labels, reduction="none")
+        loss = (kl_weight * kl + (1 - kl_weight) * ce).mean()
+
+    Args:
+        logits: (N, V) fp32, bf16 or fp16 (fp64: reference backend), unnormalised; unit stride
+            within a row, any row stride. Arithmetic is fp32 whatever the dtype.
+        targets: N rows of (token_ids, probs). Repeated ids add up, the mass of a row need not be 1
+            (mass m gives sum p log p - sum p z + m lse), a row without targets has kl 0. No
+            gradient flows to it.
+        labels: (N,) int64 in [0, V), or ignore_index; None needs kl_weight=1.
+        kl_weight: the paper's beta, the official code's --alpha; in [0, 1].
+        ignore_index: rows with this label have kl = ce = 0, no gradient, and do not count.
+        reduction: "mean" over the rows whose label is not ignore_index (0 if there is none),
+            "sum", or "none" for (N,) outputs.
+        inplace: overwrite the logits with the gradient of `loss` during the forward: one read and
+            one write in all, no second (N, V) tensor. The logits must be an intermediate result
+            that nobody else reads; kl and ce are then not differentiable. Without a gradient to
+            compute, the logits are left alone.
+        backend: "auto", "cpu", "triton", "cuda" or "reference"; see `mdkernels.backends`.
+
+    Returns:
+        SparseKLOutput(loss, kl, ce) in nats.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or value outside the above. Ids, labels and
+            offsets are checked on the CPU; on a GPU an id out of range makes its row NaN.
+        BackendUnavailable: the named backend cannot run here.
+    """
+    _check(logits, targets, labels, ignore_index, reduction)
+    kl_weight = checks.probability("kl_weight", kl_weight)
+    if labels is None and kl_weight != 1.0:
+        raise ValueError(f"labels: required unless kl_weight is 1, got None with {kl_weight}")
+    sparse = (targets.row_offsets, targets.token_ids, targets.probs, labels, ignore_index)
+
+    if inplace and torch.is_grad_enabled() and logits.requires_grad:
+        _check_inplace(logits)
+        return SparseKLOutput(*_InPlace.apply(logits, *sparse, kl_weight, reduction, backend))
+    kl, ce = _Rows.apply(logits, *sparse, backend)
+    return _combine(kl, ce, labels, ignore_index, kl_weight, reduction)
+
+
+def _check(logits, targets, labels, ignore_index, reduction) -> None:
+    checks.logits_matrix("logits", logits)
+    if not isinstance(targets, SparseTargets):
+        raise TypeError(
+            f"targets: expected SparseTargets, got {type(targets).__name__}; build one with "
+            "SparseTargets.from_dense or .from_padded"
+        )
+    rows = logits.shape[0]
+    if targets.num_rows != rows:
+        raise ValueError(f"targets: {targets.num_rows} rows for {rows} rows of logits")
+    if targets.device != logits.device:
+        raise ValueError(f"targets: on {targets.device}, logits on {logits.device}; use .to()")
+    if labels is not None:
+        checks.integer_vector("labels", labels, rows, logits.device, of="logits")
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+
+
+def _check_inplace(logits: Tensor) -> None:
+    if logits.is_leaf:
+        raise ValueError(
+            "inplace=True: logits is a leaf that requires grad, so its values are a parameter; "
+            "use inplace=False, or pass an intermediate result"
+        )
+    if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
+        raise ValueError(
+            f"inplace=True: rows of logits overlap in memory (strides {logits.stride()}); "
+            "use inplace=False or .contiguous()"
+        )
+
+
+def _valid_rows(logits: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor | int:
+    """How many rows count, at least 1: a batch without any has loss 0, not NaN."""
+    if labels is None:
+        return max(logits.shape[0], 1)
+    return (labels != ignore_index).sum().clamp(min=1)
+
+
+def _combine(kl, ce, labels, ignore_index, kl_weight, reduction) -> SparseKLOutput:
+    """Reduce (N,) kl and ce, and weigh them. A weight of 0 drops its term: 0 * inf is NaN."""
+    if reduction != "none":
+        count = _valid_rows(kl, labels, ignore_index) if reduction == "mean" else 1
+        kl, ce = kl.sum() / count, ce.sum() / count
+    if kl_weight in (0.0, 1.0):
+        return SparseKLOutput((kl if kl_weight else ce).clone(), kl, ce)
+    return SparseKLOutput(kl_weight * kl + (1.0 - kl_weight) * ce, kl, ce)

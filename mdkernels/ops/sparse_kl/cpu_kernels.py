@@ -1,0 +1,80 @@
+"""Launchers of the C++ kernel csrc/cpu/sparse_kl.inl. Nothing here copies or converts the logits."""
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..checks import raise_fault, storage_covers
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
+    rows = logits.shape[0]
+    kl, ce = logits.new_empty((2, rows), dtype=torch.float32)
+    lse = logits.new_empty(rows, dtype=torch.float64)
+    sparse = (row_offsets, token_ids, probs, labels, ignore_index)
+    _launch(logits, sparse, kl=kl, ce=ce, lse=lse)
+    return kl, ce, lse
+
+
+def backward(
+    logits, row_offsets, token_ids, probs, labels, ignore_index, lse, kl_coef, ce_coef
+) -> Tensor:
+    grad = native.empty_huge(logits, logits.shape)
+    sparse = (row_offsets, token_ids, probs, labels, ignore_index)
+    _launch(logits, sparse, lse=lse, grad=grad, coefs=(kl_coef, ce_coef), grad_only=True)
+    return grad
+
+
+def forward_backward_(
+    logits, row_offsets, token_ids, probs, labels, ignore_index, kl_coef, ce_coef
+) -> tuple[Tensor, Tensor]:
+    kl, ce = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
+    sparse = (row_offsets, token_ids, probs, labels, ignore_index)
+    _launch(logits, sparse, kl=kl, ce=ce, grad=logits, coefs=(kl_coef, ce_coef))
+    return kl, ce
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    # Almost always the loss is the root of the graph and this is 1: no pass over (N, V).
+    if factor.ndim == 0 and float(factor) == 1.0:
+        return
+    grad.mul_(factor if factor.ndim == 0 else factor[:, None])
+
+
+def _launch(
+    logits, sparse, *, kl=None, ce=None, lse=None, grad=None, coefs=(None, None), grad_only=False
+) -> None:
+    row_offsets, token_ids, probs, labels, ignore_index = sparse
+    storage_covers("logits", logits)
+    if probs is not None and probs.dtype == torch.float64:
+        probs = probs.float()
+    rows, vocab = logits.shape
+    # Expanded upstream gradients (stride 0) become vectors; these names keep them alive.
+    kl_coef, ce_coef = (None if c is None else c.contiguous() for c in coefs)
+    labels = None if labels is None else labels.contiguous()
+    fault = native.load("_cpu").module.sparse_kl(
+        logits.data_ptr(),
+        logits.stride(0),
+        rows,
+        vocab,
+        native.DTYPE_CODE[logits.dtype],
+        native.address(row_offsets),
+        native.address(token_ids),
+        native.address(probs),
+        0 if probs is None else native.DTYPE_CODE[probs.dtype],
+        0 if token_ids is None else len(token_ids),
+        native.address(labels),
+        ignore_index,
+        native.address(kl),
+        native.address(ce),
+        native.address(lse),
+        grad_only,
+        native.address(grad),
+        0 if grad is None else grad.stride(0),
+        native.address(kl_coef),
+        native.address(ce_coef),
+        torch.get_num_threads(),
+    )
+    raise_fault(fault, vocab)

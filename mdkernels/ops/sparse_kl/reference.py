@@ -1,0 +1,80 @@
+"""sparse_kl in eager torch: the specification, fp32 arithmetic (fp64 for fp64 logits)."""
+
+import torch
+from torch import Tensor
+
+from ..checks import find_fault, raise_fault
+
+
+def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
+    rows, ids, p = _merged(logits, row_offsets, token_ids, probs, labels, ignore_index)
+    z = _wide(logits)
+    lse = z.logsumexp(1)
+    # Through the maximum, not through lse: at logits near 1e4 an fp32 lse has lost three digits.
+    top = z.amax(1)
+    log_normalizer = (z - top[:, None]).exp().sum(1).log()
+    logprob = z[rows, ids] - top[rows] - log_normalizer[rows]
+    terms = torch.where(p == 0, 0.0, p * (p.log() - logprob))
+    kl = z.new_zeros(len(z)).index_add_(0, rows, terms)
+    if labels is None:
+        return kl, torch.zeros_like(kl), lse.double()
+    live = labels != ignore_index
+    gold = labels.where(live, 0)[:, None]
+    ce = log_normalizer - (z.gather(1, gold).squeeze(1) - top)
+    return (
+        kl.where(live, 0.0),
+        ce.where(live, 0.0),
+        lse.where(live, 0.0).double(),
+    )
+
+
+def backward(
+    logits, row_offsets, token_ids, probs, labels, ignore_index, lse, kl_coef, ce_coef
+) -> Tensor:
+    rows, ids, p = _merged(logits, row_offsets, token_ids, probs, labels, ignore_index)
+    z = _wide(logits)
+    kl_coef, ce_coef = kl_coef.to(z.dtype), ce_coef.to(z.dtype)
+    if labels is None:
+        ce_coef = torch.zeros_like(kl_coef)
+    mass = z.new_zeros(len(z)).index_add_(0, rows, p)
+    grad = z.softmax(1) * (kl_coef * mass + ce_coef)[:, None]
+    grad.index_put_((rows, ids), -kl_coef[rows] * p, accumulate=True)
+    if labels is not None:
+        live = labels != ignore_index
+        gold = labels.where(live, 0)[:, None]
+        grad.scatter_add_(1, gold, -ce_coef[:, None])
+        grad = grad.where(live[:, None], 0.0)
+    return grad.to(logits.dtype)
+
+
+def forward_backward_(
+    logits, row_offsets, token_ids, probs, labels, ignore_index, kl_coef, ce_coef
+) -> tuple[Tensor, Tensor]:
+    sparse = (row_offsets, token_ids, probs, labels, ignore_index)
+    kl, ce, lse = forward(logits, *sparse)
+    logits.copy_(backward(logits, *sparse, lse, kl_coef, ce_coef))
+    return kl, ce
+
+
+def scale_(grad: Tensor, factor: Tensor) -> None:
+    grad.mul_(factor if factor.ndim == 0 else factor[:, None])
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _merged(
+    logits, row_offsets, token_ids, probs, labels, ignore_index
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Distinct (row, id) pairs and their summed probability."""
+    num_rows, vocab = logits.shape
+    if logits.device.type == "cpu":
+        raise_fault(find_fault(row_offsets, token_ids, vocab, labels, ignore_index), vocab)
+    lengths = row_offsets.diff()
+    rows = torch.repeat_interleave(torch.arange(num_rows, device=logits.device), lengths)
+    keys, inverse = torch.unique(rows * vocab + token_ids, return_inverse=True)
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    merged = torch.zeros(len(keys), dtype=wide, device=logits.device)
+    merged.index_add_(0, inverse, probs.to(wide))
+    return keys // vocab, keys % vocab, merged
