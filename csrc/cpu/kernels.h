@@ -21,11 +21,11 @@ struct MdkSparseKL {
   int probs_dtype;
   const int64_t* labels;  // (rows), or null
   int64_t ignore_index;
-  float* kl;          // (rows) nats, or null
-  float* ce;          // (rows) nats, or null
-  double* lse;        // (rows) nats: written when grad_only == 0 (may be null), read when 1
-  int grad_only;      // 1: lse is an input, kl and ce are not computed
-  void* grad;         // null: forward only. May be the logits themselves.
+  float* kl;      // (rows) nats, or null
+  float* ce;      // (rows) nats, or null
+  double* lse;    // (rows) nats: written when grad_only == 0 (may be null), read when 1
+  int grad_only;  // 1: lse is an input, kl and ce are not computed
+  void* grad;     // null: forward only. May be the logits themselves.
   int64_t grad_stride;
   const float* kl_coef;  // (rows) d(total)/d(kl_row)
   const float* ce_coef;  // (rows) d(total)/d(ce_row)

@@ -30,10 +30,11 @@ MDK_INLINE void fill_zero(T* row, int64_t n) {
   memset(row, 0, (size_t)n * sizeof(T));
 }
 
-// row <- scale * exp(x - max). `next` is where this thread reads afterwards: its lines are requested
-// here, while the arithmetic of this pass leaves the memory system idle.
+// row <- scale * exp(x - max). `next` is where this thread reads afterwards: its lines are
+// requested here, while the arithmetic of this pass leaves the memory system idle.
 template <class T>
-MDK_INLINE void write_softmax(const T* x, T* out, int64_t n, float max, float scale, const T* next) {
+MDK_INLINE void write_softmax(const T* x, T* out, int64_t n, float max, float scale,
+                              const T* next) {
   const vf reference = vset(max), k = vset(kLog2E), factor = vset(scale);
   constexpr int64_t step = 4 * W;
   vf a, b, c, d;
@@ -140,9 +141,8 @@ void sparse_kl_typed(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin,
       if (a->lse) a->lse[row] = (double)max + log_normalizer;
       if (a->kl) a->kl[row] = (float)sparse_kl_loss(s, count, log_normalizer, max);
       if (a->ce)
-        a->ce[row] = gold < 0 ? 0.0f
-                              : (float)(log_normalizer -
-                                        ((double)s->logits[gold] - (double)max));
+        a->ce[row] =
+            gold < 0 ? 0.0f : (float)(log_normalizer - ((double)s->logits[gold] - (double)max));
     }
     if (!grad) continue;
     const float kl_coef = a->kl_coef[row], ce_coef = gold < 0 ? 0.0f : a->ce_coef[row];

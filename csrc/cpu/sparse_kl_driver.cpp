@@ -52,9 +52,13 @@ struct Scratch {
     table.resize(slots, MdkSlot{0, 0, 0});
     ids.resize(capacity);
     floats.resize(3 * capacity);
-    view = {table.data(), static_cast<uint32_t>(slots - 1), 0,
-            ids.data(),   floats.data(),
-            floats.data() + capacity, floats.data() + 2 * capacity};
+    view = {table.data(),
+            static_cast<uint32_t>(slots - 1),
+            0,
+            ids.data(),
+            floats.data(),
+            floats.data() + capacity,
+            floats.data() + 2 * capacity};
   }
 };
 

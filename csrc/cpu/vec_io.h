@@ -26,8 +26,8 @@ MDK_INLINE void store2(bf16_t* p, vf a, vf b) {
   // The instruction concatenates [a, b]; the permutation interleaves them again. It rounds to
   // nearest even, keeps NaN and flushes subnormals.
   const vi packed = (vi)_mm512_cvtne2ps_pbh(b, a);
-  const vi order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23,
-                                    7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const vi order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,
+                                    23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, packed));
 }
 #else
