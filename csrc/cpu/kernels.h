@@ -47,6 +47,8 @@ struct MdkSparseKLScratch {
   float* probs;
   float* logits;
   float* work;
+  float* kept;        // vocab + slack: exponentials of the current row
+  float* references;  // one per block of the row, see online_lse.inl
 };
 
 struct MdkKernels {

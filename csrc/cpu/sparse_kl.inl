@@ -25,43 +25,57 @@ MDK_INLINE int32_t find_or_add(MdkSparseKLScratch* s, const T* x, int32_t id, in
   return entry;
 }
 
+MDK_INLINE constexpr bool is_f32(const float*) { return true; }
+template <class T>
+MDK_INLINE constexpr bool is_f32(const T*) {
+  return false;
+}
+
 template <class T>
 MDK_INLINE void fill_zero(T* row, int64_t n) {
   memset(row, 0, (size_t)n * sizeof(T));
 }
 
-// row <- scale * exp(x - max). `next` is where this thread reads afterwards: its lines are
-// requested here, while the arithmetic of this pass leaves the memory system idle.
+// out <- scale * exp(x - max), for a backward pass that knows the log-sum-exp.
 template <class T>
-MDK_INLINE void write_softmax(const T* x, T* out, int64_t n, float max, float scale,
-                              const T* next) {
+MDK_INLINE void write_softmax(const T* x, T* out, int64_t n, float max, float scale) {
   const vf reference = vset(max), k = vset(kLog2E), factor = vset(scale);
-  constexpr int64_t step = 4 * W;
-  vf a, b, c, d;
-  int64_t i = 0;
-  for (; i + step <= n; i += step) {
-    for (int64_t line = 0; line < step; line += 64 / (int64_t)sizeof(T))
-      __builtin_prefetch(next + i + line, 0, 2);
-    load2(x + i, &a, &b);
-    load2(x + i + 2 * W, &c, &d);
-    a = vexp2_scaled((a - reference) * k, factor);
-    b = vexp2_scaled((b - reference) * k, factor);
-    c = vexp2_scaled((c - reference) * k, factor);
-    d = vexp2_scaled((d - reference) * k, factor);
-    store2(out + i, a, b);
-    store2(out + i + 2 * W, c, d);
-  }
-  for (; i < n; i += 2 * W) {
-    if (i + 2 * W <= n) {
+  vf a, b;
+  for (int64_t i = 0; i < n; i += 2 * W) {
+    const bool whole = i + 2 * W <= n;
+    if (whole) {
+      prefetch_ahead(x + i, 2 * W);
       load2(x + i, &a, &b);
-      a = vexp2_scaled((a - reference) * k, factor);
-      b = vexp2_scaled((b - reference) * k, factor);
-      store2(out + i, a, b);
     } else {
       load2_tail(x + i, n - i, -INFINITY, &a, &b);
-      a = vexp2_scaled((a - reference) * k, factor);
-      b = vexp2_scaled((b - reference) * k, factor);
+    }
+    a = vexp2_scaled((a - reference) * k, factor);
+    b = vexp2_scaled((b - reference) * k, factor);
+    if (whole)
+      store2(out + i, a, b);
+    else
       store2_tail(out + i, n - i, a, b);
+  }
+}
+
+// out <- scale * exp(reference - max) * kept, block by block.
+template <class T>
+MDK_INLINE void write_kept(const float* kept, const float* references, T* out, int64_t n, float max,
+                           float scale) {
+  for (int64_t start = 0; start < n; start += kLseBlock) {
+    const float reference = references[start / kLseBlock];
+    const float shift = reference == max ? 1.0f : (float)exp((double)reference - (double)max);
+    const vf factor = vset(scale * shift);
+    const int64_t end = n - start < kLseBlock ? n : start + kLseBlock;
+    vf a, b;
+    int64_t i = start;
+    for (; i + 2 * W <= end; i += 2 * W) {
+      load2(kept + i, &a, &b);
+      store2(out + i, a * factor, b * factor);
+    }
+    if (i < end) {
+      load2(kept + i, &a, &b);
+      store2_tail(out + i, end - i, a * factor, b * factor);
     }
   }
 }
@@ -129,13 +143,16 @@ void sparse_kl_typed(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin,
       s->logits[count + i] = 0.0f;
     }
 
+    // fp32 exponentials fit where the gradient goes; 16-bit rows keep them in scratch.
+    float* kept = is_f32(x) && grad ? (float*)grad : s->kept;
     float max;
     double log_normalizer;  // lse - max
     if (a->grad_only) {
       max = (float)a->lse[row];
       log_normalizer = a->lse[row] - (double)max;
     } else {
-      const SumExp acc = row_sum_exp(x, a->vocab, 1.0f);
+      const SumExp acc = grad ? row_sum_exp<true>(x, a->vocab, 1.0f, kept, s->references)
+                              : row_sum_exp<false>(x, a->vocab, 1.0f, kept, s->references);
       max = acc.max;
       log_normalizer = log(acc.sum);
       if (a->lse) a->lse[row] = (double)max + log_normalizer;
@@ -147,8 +164,10 @@ void sparse_kl_typed(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin,
     if (!grad) continue;
     const float kl_coef = a->kl_coef[row], ce_coef = gold < 0 ? 0.0f : a->ce_coef[row];
     const float scale = (float)(((double)kl_coef * mass + ce_coef) * exp(-log_normalizer));
-    const T* next = row + 1 < a->rows ? x + a->row_stride : x;
-    write_softmax(x, grad, a->vocab, max, scale, next);
+    if (a->grad_only)
+      write_softmax(x, grad, a->vocab, max, scale);
+    else
+      write_kept(kept, s->references, grad, a->vocab, max, scale);
     correct_targets(s, grad, count, gold, max, scale, kl_coef, ce_coef);
   }
 }

@@ -44,21 +44,29 @@ struct Scratch {
   std::vector<float> floats;
   MdkSparseKLScratch view;
 
-  explicit Scratch(int64_t longest_row) {
+  Scratch(int64_t longest_row, int64_t vocab, bool keeps_row) {
     constexpr int64_t slack = 64;  // a label and a full vector
-    const int64_t capacity = longest_row + slack;
+    const int64_t capacity = longest_row + slack, blocks = vocab / 4096 + 1;
+    const int64_t row_elements = keeps_row ? vocab : 0;
     int64_t slots = 64;
     while (slots < 2 * capacity) slots *= 2;
     table.resize(slots, MdkSlot{0, 0, 0});
     ids.resize(capacity);
-    floats.resize(3 * capacity);
-    view = {table.data(),
-            static_cast<uint32_t>(slots - 1),
-            0,
-            ids.data(),
-            floats.data(),
-            floats.data() + capacity,
-            floats.data() + 2 * capacity};
+    floats.resize(3 * capacity + row_elements + slack + blocks);
+    float* at = floats.data();
+    const auto take = [&at](int64_t count) {
+      at += count;
+      return at - count;
+    };
+    view.table = table.data();
+    view.table_mask = static_cast<uint32_t>(slots - 1);
+    view.stamp = 0;
+    view.ids = ids.data();
+    view.probs = take(capacity);
+    view.logits = take(capacity);
+    view.work = take(capacity);
+    view.kept = take(row_elements + slack);
+    view.references = take(blocks);
   }
 };
 
@@ -78,10 +86,11 @@ Fault sparse_kl(const MdkSparseKL& args, int64_t nnz, int threads) {
   const auto body = kernels().sparse_kl;
   // Contiguous runs keep the next-row prefetch useful; eight per thread even out the end.
   const int64_t chunk = std::max<int64_t>(1, args.rows / (8 * std::max(threads, 1)));
+  const bool keeps = args.grad && !args.grad_only && args.dtype != MDK_F32;
   const int workers = usable_threads((args.rows + chunk - 1) / chunk, threads);
   std::vector<Scratch> scratch;
   scratch.reserve(workers);  // `view` points into its own vectors: elements must not move
-  for (int i = 0; i < workers; ++i) scratch.emplace_back(longest);
+  for (int i = 0; i < workers; ++i) scratch.emplace_back(longest, args.vocab, keeps);
   parallel_rows(args.rows, threads, chunk, [&](int thread, int64_t begin, int64_t end) {
     body(&args, &scratch[thread].view, begin, end);
   });
