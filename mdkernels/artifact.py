@@ -36,7 +36,7 @@ DTYPES = ("uint16", "uint32", "int32", "int64", "float16", "float32")
 ALWAYS_VERIFY_BYTES = 64 << 20
 
 ARRAY_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
-FILE_NAME = re.compile(r"[a-z][a-z0-9_]{0,63}\.[a-z0-9]{1,16}")
+FILE_NAME = re.compile(r"[a-z][a-z0-9_-]{0,63}(\.[a-z0-9]{1,16}){1,3}")
 META = "meta.json"
 PARTIAL = ".partial"
 _META_LIMIT = 64 << 20
