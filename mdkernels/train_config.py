@@ -1,0 +1,233 @@
+"""What a training run is: every setting, its unit, and the values it may have."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+OBJECTIVES = ("kl_ce", "kl", "ce")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Settings that change where a run writes, or how often it reports, but not the model it ends with.
+_NOT_IDENTITY = {
+    "corpus",  # identified by content instead, like the next three
+    "targets",
+    "model",
+    "tokenizer",
+    "out",
+    "base",
+    "valid",
+    "eval_every",
+    "log_every",
+    "save_every",
+    "keep",
+    "overwrite",
+    "resume",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Settings of `train`. Wrong names and values are refused at construction, with the way out."""
+
+    corpus: Any
+    """Corpus to train on: its directory or the opened object."""
+    model: Any
+    """Initial model: a directory, a hub id, or a live fp32 model, which is trained in place."""
+    out: str | os.PathLike
+    """Directory to write; it appears when training is complete."""
+    targets: Any = None
+    """kNN targets of the corpus: directory or opened object. Only objective "ce" works without."""
+    tokenizer: Any = None
+    """Tokenizer to store beside the weights: directory, hub id or object. None: that of `model`."""
+
+    objective: str = "kl_ce"
+    """One of "kl_ce" (Memory Decoder), "kl", "ce" (language modelling; `targets` only reported)."""
+    kl_weight: float | None = None
+    """Weight of KL in "kl_ce", in [0, 1]; the paper's beta. None: 0.5."""
+
+    block: int = 1024
+    """Input tokens per window; at most the model's context."""
+    stride: int | None = None
+    """Scored tokens per window, its last ones, in [1, block]. None: block // 2, as in the paper."""
+    batch_size: int = 16
+    """Windows per forward pass."""
+    grad_accum: int = 1
+    """Forward passes per optimizer step."""
+    epochs: float | None = None
+    """Passes over the corpus. One of `epochs` and `max_steps` is needed."""
+    max_steps: int | None = None
+    """Optimizer steps."""
+
+    lr: float = 1e-3
+    """Peak learning rate of AdamW."""
+    schedule: str = "cosine"
+    """Decay after warm-up: "cosine" or "linear" to 0, or "constant"."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
+    weight_decay: float = 0.0
+    """Decoupled decay per unit of lr, on matrices only: never on norms, biases and embeddings."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moment decays."""
+    clip: float | None = 1.0
+    """Largest gradient norm, larger ones are scaled down. None: no limit."""
+
+    seed: int = 0
+    """Seeds the order of windows and dropout."""
+    device: str = "auto"
+    """Where to train: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1"."""
+    dtype: str = "float32"
+    """Arithmetic: "float32", or "bfloat16" autocast; weights and moments stay fp32."""
+    compile: bool = False
+    """torch.compile the trunk: 10-30 s once, then about 2x faster on a CPU."""
+
+    valid: Any = None
+    """Corpus (directory or object) evaluated every `eval_every` steps; needs `base`."""
+    base: Any = None
+    """Base model (directory, hub id or live) for the mixture perplexity on `valid`."""
+    eval_every: int | None = None
+    """Optimizer steps between evaluations. None: only after the last step."""
+    log_every: int = 10
+    """Optimizer steps between reads of the loss on a GPU (each waits for it); a CPU reads each."""
+    save_every: int | None = 500
+    """Optimizer steps between checkpoints. None: none."""
+    keep: int = 1
+    """Newest checkpoints kept."""
+    overwrite: bool = False
+    """Replace a finished run at `out`, once this one is complete."""
+    resume: bool = True
+    """Continue an interrupted run of the same config; False starts again."""
+
+    def __post_init__(self) -> None:
+        _choice("objective", self.objective, OBJECTIVES)
+        _choice("schedule", self.schedule, SCHEDULES)
+        _choice("dtype", self.dtype, tuple(DTYPES))
+        if self.objective != "ce" and self.targets is None:
+            raise ValueError(
+                f"objective {self.objective!r} learns from kNN targets, got targets=None; "
+                'build them with `mdkernels targets`, or use objective "ce"'
+            )
+        if self.kl_weight is not None:
+            _number("kl_weight", self.kl_weight, least=0.0, most=1.0)
+            if self.objective != "kl_ce":
+                raise ValueError(
+                    f'kl_weight belongs to objective "kl_ce", got {self.kl_weight} with '
+                    f"{self.objective!r}; leave it out"
+                )
+        _integer("block", self.block, 1)
+        if self.stride is not None:
+            _integer("stride", self.stride, 1, self.block)
+        for name in ("batch_size", "grad_accum", "log_every", "keep"):
+            _integer(name, getattr(self, name), 1)
+        for name in ("max_steps", "eval_every", "save_every"):
+            if getattr(self, name) is not None:
+                _integer(name, getattr(self, name), 1)
+        for name in ("warmup_steps", "seed"):
+            _integer(name, getattr(self, name), 0)
+        if (self.epochs is None) == (self.max_steps is None):
+            raise ValueError(
+                f"give one of epochs and max_steps, got epochs={self.epochs!r} and "
+                f"max_steps={self.max_steps!r}"
+            )
+        if self.epochs is not None:
+            _number("epochs", self.epochs, above=0.0)
+        _number("lr", self.lr, above=0.0)
+        _number("weight_decay", self.weight_decay, least=0.0)
+        if self.clip is not None:
+            _number("clip", self.clip, above=0.0)
+        if len(self.betas) != 2:
+            raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
+        for beta in self.betas:
+            _number("betas", beta, least=0.0, below=1.0)
+        if (self.valid is None) != (self.base is None):
+            missing = "base" if self.base is None else "valid"
+            raise ValueError(
+                f"valid and base belong together (the mixture perplexity during training), "
+                f"{missing} is None"
+            )
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> TrainConfig:
+        """From plain settings, for example a JSON file. Unknown names raise ValueError."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, 1, 0.5)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(names)}"
+                raise ValueError(f"unknown setting {name!r}: {hint}")
+        return cls(**settings)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide which model comes out, as JSON-able values."""
+        settings = {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name not in _NOT_IDENTITY
+        }
+        resolved = {"betas": list(self.betas), "stride": self.scored, "kl_weight": self.beta}
+        return settings | resolved
+
+    @property
+    def scored(self) -> int:
+        """Rows scored per window: `stride`, or its default."""
+        return max(1, self.block // 2) if self.stride is None else self.stride
+
+    @property
+    def beta(self) -> float:
+        """Weight of KL in the loss, in [0, 1], whatever the objective."""
+        if self.objective == "kl_ce":
+            return 0.5 if self.kl_weight is None else float(self.kl_weight)
+        return {"kl": 1.0, "ce": 0.0}[self.objective]
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device `name` stands for, "auto" being a GPU if there is one. Raises ValueError."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used here: {error}") from error
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1, 0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def _integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < least
+        or (most is not None and value > most)
+    ):
+        span = f">= {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be an integer {span}, got {value!r}")
+
+
+def _number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (least <= value <= most and above < value < below):
+        low = f"> {above}" if above > -math.inf else f">= {least}"
+        high = f" and < {below}" if below < math.inf else ""
+        high = f" and <= {most}" if most < math.inf else high
+        raise ValueError(f"{name} must be a number {low}{high}, got {value!r}")
