@@ -4,6 +4,7 @@ The operators, importable by any trainer; the pipeline stages live in the module
 """
 
 from .ops.dispatch import BackendUnavailable, backends
+from .ops.knn_targets import knn_targets
 from .ops.sparse_kl import SparseKLOutput, sparse_kl
 from .ops.sparse_targets import SparseTargets
 from .ops.token_logprobs import token_logprobs
@@ -15,6 +16,7 @@ __all__ = [
     "SparseKLOutput",
     "SparseTargets",
     "backends",
+    "knn_targets",
     "sparse_kl",
     "token_logprobs",
 ]

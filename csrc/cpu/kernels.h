@@ -51,9 +51,50 @@ struct MdkSparseKLScratch {
   float* references;  // one per block of the row, see online_lse.inl
 };
 
+struct MdkKnnTargets {
+  const float* distances;    // (rows, neighbors) squared L2, unit stride within a row
+  int64_t distance_stride;   // elements
+  const void* neighbor_ids;  // (rows, neighbors), unit stride within a row; -1: not found
+  int64_t id_stride;
+  int narrow_ids;      // 1: int32, 0: int64
+  const void* values;  // (num_values) token ids
+  int64_t num_values;
+  int narrow_values;
+  const int64_t* exclude_ids;  // (rows), or null
+  int64_t rows, neighbors;
+  float scale;  // log2(e) / temperature, finite and positive
+};
+
+struct MdkTokenSlot {
+  int32_t token;  // -1: empty
+  int32_t entry;
+};
+
+// Per-thread scratch of knn_targets. `neighbors` entries per array unless stated, plus a vector.
+struct MdkKnnScratch {
+  MdkTokenSlot* table;   // power-of-two slots, all empty between rows
+  uint32_t table_shift;  // 32 - log2(slots)
+  float* weights;
+  int32_t* tokens;  // of the entries, in order of appearance
+  int32_t* slots;   // of the entries
+  double* sums;     // kKnnLanes per entry
+  int64_t* keys;    // (probability, token) of the entries, packed to sort descending
+  int64_t* sorted;
+  int64_t fault_column;
+  int64_t fault_value;
+};
+
+constexpr int kKnnLanes = 4;
+
+enum MdkKnnFault { MDK_KNN_ID = -1, MDK_KNN_DISTANCE = -2, MDK_KNN_TOKEN = -3 };
+
 struct MdkKernels {
   const char* name;
   void (*sparse_kl)(const MdkSparseKL*, MdkSparseKLScratch*, int64_t row_begin, int64_t row_end);
+  // One row to at most `neighbors` entries at `ids` and `probs`. Returns their number, or an
+  // MdkKnnFault with its column and value in the scratch.
+  int64_t (*knn_targets)(const MdkKnnTargets*, MdkKnnScratch*, int64_t row, int32_t* ids,
+                         float* probs);
 };
 
 extern "C" {

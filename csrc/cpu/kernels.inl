@@ -3,6 +3,7 @@
 #include "vec.h"
 
 namespace {
+#include "knn_targets.inl"
 #include "online_lse.inl"
 #include "sparse_kl.inl"
 }  // namespace
@@ -10,4 +11,5 @@ namespace {
 extern "C" const MdkKernels MDK_TABLE = {
     MDK_ISA_NAME,
     sparse_kl,
+    knn_targets,
 };
