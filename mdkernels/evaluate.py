@@ -62,8 +62,8 @@ def evaluate(
         block, stride: tokens a window reads and scores (None: block // 2).
         dtype: "float32" or "bfloat16" weights; live models keep theirs.
 
-    Returns a dict (the JSON): `base`, `memories`, `mixture`, each with `nats_per_token` and
-    `perplexity` (and `bits_per_byte` where the corpus knows its bytes); `mixture` also has
+    Returns a dict (the JSON): `base`, `memories`, `mixture`, each with `nats_per_token`,
+    `perplexity` and `bits_per_byte` (the eos tokens count as nats, not as bytes); `mixture` also has
     `mix_weight`, `gain_nats` over the base with its 95 % block-bootstrap interval, and `curve`.
 
     Raises ValueError when the tokenizers of models and corpora differ, or neither `valid` nor
@@ -163,13 +163,12 @@ def format_table(report: dict[str, Any]) -> str:
         rows[1] = ("memory", rows[1][1])
     if "mixture" in report:
         rows.append(("mixture", report["mixture"]))
-    bits = "bits_per_byte" in report["base"]
-    lines.append(
-        f"{'':10}{'perplexity':>12}{'nats/token':>12}{'bits/byte':>11}"[: 45 if bits else 34]
-    )
-    for name, part in rows:
-        line = f"{name:10}{part['perplexity']:12.2f}{part['nats_per_token']:12.4f}"
-        lines.append(line + (f"{part['bits_per_byte']:11.4f}" if bits else ""))
+    lines.append(f"{'':10}{'perplexity':>12}{'nats/token':>12}{'bits/byte':>11}")
+    lines += [
+        f"{name:10}{part['perplexity']:12.2f}{part['nats_per_token']:12.4f}"
+        f"{part['bits_per_byte']:11.4f}"
+        for name, part in rows
+    ]
     if "mixture" in report:
         mixture = report["mixture"]
         low, high = mixture["gain_interval"]
@@ -201,7 +200,11 @@ def _check_plan(memories, corpus, valid, weights, out, overwrite) -> None:
 
 def _measures(logprobs: Tensor, corpus: Corpus) -> dict[str, float]:
     nats = -float(logprobs.double().mean())
-    return {"nats_per_token": nats, "perplexity": math.exp(nats) if nats < 700 else math.inf}
+    return {
+        "nats_per_token": nats,
+        "perplexity": math.exp(nats) if nats < 700 else math.inf,
+        "bits_per_byte": nats * len(logprobs) / math.log(2) / corpus.text_bytes,
+    }
 
 
 def _mixture_report(scores, weights, corpus, valid) -> dict[str, Any]:

@@ -90,21 +90,21 @@ def _newton(likelihoods: Tensor) -> tuple[tuple[float], int, float]:
         gradient, _ = derivatives(end)
         if gradient * outward <= 0.0:
             return (end,), 1, 0.0
+    gap = math.inf
     while iterations < 100:
         iterations += 1
         gradient, curvature = derivatives(weight)
+        # Convexity: the optimum lies within [low, high], so this bounds what is left to gain.
+        gap = abs(gradient) * (high - low)
+        if gap < 1e-13:
+            break
         if gradient > 0.0:
             high = weight
         else:
             low = weight
         step = weight - gradient / curvature
-        if not low < step < high:
-            step = (low + high) / 2
-        moved, weight = abs(step - weight), step
-        if moved < 1e-12:
-            break
-    # Convexity: the optimum lies within [low, high], the gradient bounds the descent on the way.
-    return (weight,), iterations, abs(derivatives(weight)[0]) * (high - low)
+        weight = step if low < step < high else (low + high) / 2
+    return (weight,), iterations, gap
 
 
 def _expectation_maximisation(likelihoods: Tensor) -> tuple[tuple[float, ...], int, float]:
