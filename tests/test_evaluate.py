@@ -1,0 +1,278 @@
+"""Scoring and `evaluate` against a per-window fp64 computation that shares no code with them."""
+
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from pipeline_fixtures import FAMILIES, tiny_documents, tiny_model, tiny_tokenizer
+
+from mdkernels.corpus import build_corpus
+from mdkernels.evaluate import MixtureEval, evaluate, gold_logprobs, knn_logprobs
+from mdkernels.mix_weight import mixture_logprobs
+from mdkernels.scoring import _ChunkedHead
+
+
+def corpus_of(path, count, seed):
+    documents = tiny_documents(count, seed=seed)
+    return build_corpus(documents, tiny_tokenizer(), path, as_text=True)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    """A test corpus and a validation corpus."""
+    root = tmp_path_factory.mktemp("corpora")
+    return corpus_of(root / "test", 6, 3), corpus_of(root / "valid", 4, 4)
+
+
+def naive_logprobs(model, corpus, block, stride):
+    """log p of every next token: one window at a time, full logits, fp64 softmax."""
+    tokens = corpus.token_ids.astype(np.int64)
+    found = torch.full((corpus.num_rows,), torch.nan, dtype=torch.float64)
+    start = 0
+    while start < corpus.num_rows:
+        stop = min(corpus.num_rows, block if start == 0 else start + stride)
+        first = max(0, stop - block)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(tokens[first:stop])[None]).logits[0].double()
+        for row in range(start, stop):
+            found[row] = logits[row - first].log_softmax(0)[tokens[row + 1]]
+        start = stop
+    return found
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("block", "stride", "batch_size"), [(32, 16, 3), (64, 64, 8), (20, 1, 64)])
+def test_gold_logprobs_equal_full_logits(text, family, block, stride, batch_size):
+    corpus, _ = text
+    model = tiny_model(family)
+    found = gold_logprobs(model, corpus, block=block, stride=stride, batch_size=batch_size)
+    assert found.dtype == torch.float32
+    expected = naive_logprobs(model, corpus, block, stride)
+    assert (found - expected).abs().max() < 3e-6
+
+
+def test_rows_pick_a_slice_of_the_same_scores(text):
+    corpus, _ = text
+    model = tiny_model("llama")
+    options = {"block": 32, "stride": 8, "batch_size": 5}
+    whole = gold_logprobs(model, corpus, **options)
+    for rows in ((0, 1), (3, 77), (40, 41), (corpus.num_rows - 1, corpus.num_rows)):
+        part = gold_logprobs(model, corpus, rows=rows, **options)
+        # Not bitwise: a GEMM of fewer rows may add in another order.
+        torch.testing.assert_close(part, whole[slice(*rows)], rtol=0, atol=2e-6)
+    with pytest.raises(ValueError, match=r"rows: \(5, 5\)"):
+        gold_logprobs(model, corpus, rows=(5, 5), **options)
+
+
+def test_a_corpus_shorter_than_the_block_is_one_window(tmp_path):
+    corpus = build_corpus(["the index"], tiny_tokenizer(), tmp_path / "c", as_text=True)
+    model = tiny_model("gpt2")
+    found = gold_logprobs(model, corpus, block=64)
+    assert (found - naive_logprobs(model, corpus, 64, 32)).abs().max() < 3e-6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_chunked_head_does_not_depend_on_the_chunk(bias):
+    torch.manual_seed(0)
+    head = torch.nn.Linear(24, 503, bias=bias)
+    hidden, labels = torch.randn(100, 24) * 4, torch.randint(0, 503, (100,))
+    with torch.inference_mode():
+        expected = head(hidden).double().log_softmax(1).gather(1, labels[:, None])[:, 0]
+        for chunk in (1, 7, 100, 1000):
+            chunked = _ChunkedHead(head, None)
+            chunked.chunk = chunk
+            assert (chunked.logprobs(hidden, labels) - expected).abs().max() < 5e-6
+
+
+def test_scoring_leaves_the_model_as_it_was(text):
+    model = tiny_model("gpt2").train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = set(vars(model.base_model))
+    gold_logprobs(model, text[0], block=32)
+    assert model.training
+    assert set(vars(model.base_model)) == attributes
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_evaluate_reports_the_mixture_of_the_test_text(text, tmp_path, capsys):
+    corpus, valid = text
+    base, memory = tiny_model("gpt2"), tiny_model("llama", seed=1)
+    out = tmp_path / "deep" / "eval.json"
+    report = evaluate(base, memory, corpus, valid=valid, block=32, stride=16, out=out)
+
+    scores = [naive_logprobs(model, corpus, 32, 16) for model in (base, memory)]
+    held_out = [naive_logprobs(model, valid, 32, 16) for model in (base, memory)]
+    grid = np.linspace(0, 1, 1001)
+    nats = [-float(mixture_logprobs(held_out[0], held_out[1:], [w]).mean()) for w in grid]
+    (weight,) = report["mixture"]["mix_weight"]
+    assert weight == pytest.approx(grid[int(np.argmin(nats))], abs=1e-3)
+    p = (1 - weight) * scores[0].exp() + weight * scores[1].exp()
+    expected = {"base": scores[0], "memory": scores[1], "mixture": p.log()}
+    found = {**report, "memory": report["memories"][0]}
+    for name, logprobs in expected.items():
+        mean = -float(logprobs.mean())
+        assert found[name]["nats_per_token"] == pytest.approx(mean, abs=1e-6)
+        assert found[name]["perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+        bits = mean * corpus.num_rows / math.log(2) / corpus.text_bytes
+        assert found[name]["bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    gain = float((p.log() - scores[0]).mean())
+    assert report["mixture"]["gain_nats"] == pytest.approx(gain, abs=1e-6)
+    low, high = report["mixture"]["gain_interval"]
+    assert low <= gain <= high
+    assert report["mixture"]["fitted_on"] == str(valid.path)
+    assert json.loads(out.read_text()) == report
+    printed = capsys.readouterr().out
+    assert f"{report['mixture']['perplexity']:.2f}" in printed
+
+
+def test_base_alone_and_several_memories(text):
+    corpus, valid = text
+    base = tiny_model("gpt2")
+    alone = evaluate(base, None, corpus, block=32)
+    assert alone["memories"] == []
+    assert "mixture" not in alone
+    memories = [tiny_model("llama", seed=1), tiny_model("qwen2", seed=2)]
+    both = evaluate(base, memories, corpus, valid=valid, block=32)
+    one = evaluate(base, memories[0], corpus, valid=valid, block=32)
+    assert len(both["mixture"]["mix_weight"]) == 2
+    assert both["base"] == alone["base"]
+    ours = both["mixture"]["valid_nats_per_token"]
+    assert ours <= one["mixture"]["valid_nats_per_token"] + 1e-9
+    given = evaluate(base, memories, corpus, mix_weight=[0.0, 0.0], block=32)
+    assert given["mixture"]["nats_per_token"] == pytest.approx(alone["base"]["nats_per_token"])
+
+
+def test_padded_vocabularies_may_differ(text):
+    corpus, _ = text
+    wide = tiny_model("llama", vocab_size=384, seed=1)
+    report = evaluate(tiny_model("gpt2"), wide, corpus, mix_weight=0.5, block=32)
+    expected = naive_logprobs(wide, corpus, 32, 16)
+    found = report["memories"][0]["nats_per_token"]
+    assert found == pytest.approx(-float(expected.mean()), abs=1e-6)
+
+
+def test_mixture_hook_reports_each_step(text):
+    corpus, _ = text
+    hook = MixtureEval(tiny_model("gpt2"), corpus, block=32)
+    model = tiny_model("llama", seed=1)
+    first = hook(model, 1)
+    assert hook.base is None
+    assert hook(model, 2) == first
+    report = evaluate(tiny_model("gpt2"), model, corpus, mix_weight=first["mix_weight"], block=32)
+    assert first["base_perplexity"] == pytest.approx(report["base"]["perplexity"])
+    assert first["mixture_perplexity"] == pytest.approx(report["mixture"]["perplexity"])
+
+
+class ExhaustiveIndex:
+    """Nearest keys by direct subtraction."""
+
+    def __init__(self, keys):
+        self.keys = keys
+
+    def search(self, queries, num_neighbors):
+        distances = torch.cdist(queries.double(), self.keys.double()).square()
+        values, ids = distances.topk(num_neighbors, largest=False)
+        return values.float(), ids
+
+
+def test_knn_logprobs_equal_the_dense_distribution():
+    generator = torch.Generator().manual_seed(0)
+    keys = torch.randn(200, 8, generator=generator)
+    values = torch.randint(0, 30, (200,), generator=generator, dtype=torch.int32)
+    queries = keys[:50] + 0.1 * torch.randn(50, 8, generator=generator)
+    labels = torch.randint(0, 30, (50,), generator=generator)
+    datastore = type("Store", (), {"values": values.numpy()})
+    for exclude in (None, torch.arange(50)):
+        found = knn_logprobs(
+            ExhaustiveIndex(keys),
+            datastore,
+            queries,
+            labels,
+            num_neighbors=20,
+            knn_temperature=2.0,
+            exclude_ids=exclude,
+            batch_size=17,
+        )
+        for i in range(50):
+            d = (queries[i].double() - keys.double()).square().sum(1)
+            order = d.argsort()[:20]
+            if exclude is not None:
+                order = order[order != i]
+            p = (-d[order] / 2.0).softmax(0)
+            mass = float(p[values[order] == labels[i]].sum())
+            if mass == 0.0:
+                assert found[i] == -math.inf
+            else:
+                assert float(found[i]) == pytest.approx(math.log(mass), abs=1e-4)
+
+
+def saved(path, tokenizer, family="llama", **options):
+    tiny_model(family, **options).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+def test_other_tokenizers_are_refused_with_hashes_and_a_token(text, tmp_path):
+    corpus, valid = text
+    good = saved(tmp_path / "good", tiny_tokenizer())
+    other = saved(tmp_path / "other", tiny_tokenizer(300))
+    with pytest.raises(ValueError, match="tokenizers differ") as caught:
+        evaluate(good, other, corpus, valid=valid, block=32)
+    message = str(caught.value)
+    assert good in message
+    assert other in message
+    assert "id 300 is" in message
+    assert "nothing in the second" in message
+    assert corpus.tokenizer_hash in message
+    with pytest.raises(ValueError, match=f"corpus {corpus.path}"):
+        evaluate(other, None, corpus, block=32)
+
+
+def test_a_plan_that_cannot_work_fails_before_scoring(text, tmp_path, monkeypatch):
+    corpus, _ = text
+    monkeypatch.setattr("mdkernels.evaluate.gold_logprobs", lambda *a, **k: pytest.fail("scored"))
+    base, memory = tiny_model("gpt2"), tiny_model("llama")
+    with pytest.raises(ValueError, match="give a weight, or a validation corpus"):
+        evaluate(base, memory, corpus, block=32)
+    with pytest.raises(ValueError, match="same text as the test corpus"):
+        evaluate(base, memory, corpus, valid=corpus, block=32)
+    with pytest.raises(ValueError, match=r"mix_weight must be in \[0, 1\], got 2"):
+        evaluate(base, memory, corpus, mix_weight=2, block=32)
+    out = tmp_path / "eval.json"
+    out.write_text("precious")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        evaluate(base, memory, corpus, mix_weight=0.5, out=out, block=32)
+    assert out.read_text() == "precious"
+    assert os.listdir(tmp_path) == ["eval.json"]
+
+
+def test_models_that_cannot_score_the_corpus_are_refused(text):
+    corpus, _ = text
+    with pytest.raises(ValueError, match=r"block: 65 .* context of model .*, 64"):
+        gold_logprobs(tiny_model("llama"), corpus, block=65)
+    with pytest.raises(ValueError, match="vocabulary of 320"):
+        gold_logprobs(tiny_model("llama", vocab_size=256), corpus, block=32)
+
+
+def test_a_head_with_a_tail_is_noticed(text):
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        final_logit_softcapping=2.0,
+        max_position_embeddings=64,
+    )
+    model = Gemma2ForCausalLM(config)
+    torch.nn.init.normal_(model.lm_head.weight, std=2.0)
+    with pytest.raises(ValueError, match=r"gemma2.*changes its logits after the LM head"):
+        gold_logprobs(model, text[0], block=32)
