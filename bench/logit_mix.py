@@ -1,0 +1,59 @@
+"""logit_mix: the mixed log-probabilities of two models, written out in fp32."""
+
+from collections.abc import Iterator
+
+import baselines
+import floors
+import torch
+from cases import BASELINE, SUBJECT, Case, Goal, Provider, nbytes, require
+from mixes import MEMORY_TEMPERATURE, MIX_WEIGHT, Pair, shapes
+
+import mdkernels
+
+GOALS = {"fp32": 5.5, "bf16": 6.5}
+LIMIT = 2e-5  # absolute, on log-probabilities down to about -30
+
+
+def cases(suite: str) -> Iterator[Case]:
+    for batch, vocab, dtype in shapes(suite):
+        torch._dynamo.reset()
+        yield case(suite, batch, vocab, dtype)
+
+
+def case(suite: str, batch: int, vocab: int, dtype: str) -> Case:
+    pair = Pair(batch, vocab, dtype)
+    settings = (MIX_WEIGHT, MEMORY_TEMPERATURE)
+    calls = {
+        "mdkernels": pair.bind(
+            mdkernels.logit_mix, MIX_WEIGHT, memory_temperature=MEMORY_TEMPERATURE
+        ),
+        "eager": pair.bind(baselines.mix, *settings),
+    }
+    if suite == "full":
+        compiled = torch.compile(baselines.mix, dynamic=False)
+        calls["compiled"] = pair.bind(compiled, *settings)
+
+    def check():
+        wanted = pair.expected()
+        errors = {}
+        for name, call in calls.items():
+            found = {"absolute": float((call() - wanted).abs().max())}
+            errors[name] = require(name, found, {"absolute": LIMIT})
+        return errors
+
+    providers = [
+        Provider(name, call, SUBJECT if name == "mdkernels" else BASELINE, pair.refresh)
+        for name, call in calls.items()
+    ]
+    providers.append(floors.mix(pair.base, pair.memory, pair.refresh))
+    goals = [Goal("mdkernels", "eager", dict.fromkeys(("stock", "tuned"), GOALS[dtype]))]
+    return Case(
+        op="logit_mix",
+        shape={"B": batch, "V": vocab},
+        dtype=dtype,
+        providers=providers,
+        check=check,
+        bytes_moved=nbytes(pair.base, pair.memory) + 4 * batch * vocab,
+        floor="both logits read, fp32 written to a reused buffer",
+        goals=goals if suite == "full" else [],
+    )

@@ -1,0 +1,107 @@
+"""The results files: one JSON per op and device, in long format, rewritten whole."""
+
+import json
+import os
+from pathlib import Path
+
+FORMAT = 1
+QUANTILES = {"median": float, "p20": float, "p80": float}
+ROW = {
+    "op": str,
+    "shape": dict,
+    "dtype": str,
+    "regime": str,
+    "provider": str,
+    "role": str,
+    "ms": QUANTILES,
+    "rounds": int,
+    "calls_per_sample": int,
+    "samples_discarded": int,
+    "samples_contended": int,
+    "times_subject": dict,
+    "times_floor": QUANTILES,
+    "floor": str,
+    "bytes_moved": int,
+    "gb_per_s": float,
+    "peak_increment_bytes": (int, type(None)),
+    "errors": dict,
+    "notes": dict,
+}
+GOAL = {
+    "op": str,
+    "shape": dict,
+    "dtype": str,
+    "regime": str,
+    "subject": str,
+    "baseline": str,
+    "relation": str,
+    "factor": (int, float),
+    "measured": QUANTILES,
+    "met": bool,
+}
+DOCUMENT = {
+    "format": int,
+    "op": str,
+    "device": str,
+    "suite": str,
+    "command": str,
+    "environments": dict,
+    "rows": [ROW],
+    "goals": [GOAL],
+}
+
+
+def check(value, schema=DOCUMENT, where: str = "results") -> None:
+    """Raise ValueError at the first place where `value` is not of the schema."""
+    if isinstance(schema, dict):
+        if not isinstance(value, dict) or value.keys() != schema.keys():
+            found = sorted(value) if isinstance(value, dict) else type(value).__name__
+            raise ValueError(f"{where}: expected the keys {sorted(schema)}, got {found}")
+        for key, inner in schema.items():
+            check(value[key], inner, f"{where}.{key}")
+    elif isinstance(schema, list):
+        if not isinstance(value, list):
+            raise ValueError(f"{where}: expected a list, got {type(value).__name__}")
+        for number, item in enumerate(value):
+            check(item, schema[0], f"{where}[{number}]")
+    elif not isinstance(value, schema):
+        raise ValueError(f"{where}: expected {schema}, got {value!r}")
+
+
+def read(path: Path) -> dict:
+    document = json.loads(path.read_text())
+    check(document, where=path.name)
+    if document["format"] != FORMAT:
+        raise ValueError(f"{path.name}: format {document['format']}, expected {FORMAT}")
+    return document
+
+
+def write(path: Path, document: dict) -> None:
+    """Check, then replace the file at once."""
+    check(document, where=path.name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}")
+    partial.write_text(json.dumps(_rounded(document), indent=1) + "\n")
+    partial.replace(path)
+
+
+def _rounded(value):
+    """Five significant digits: more is noise in the diff of a results file."""
+    if isinstance(value, dict):
+        return {key: _rounded(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_rounded(inner) for inner in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
+def merge(old: dict | None, new: dict) -> dict:
+    """`new`, plus what `old` has for regimes that were not run this time. Their rows keep their own
+    environment; results of another suite are dropped."""
+    if old is None or old["suite"] != new["suite"]:
+        return new
+    kept = [regime for regime in old["environments"] if regime not in new["environments"]]
+    merged = dict(new)
+    merged["environments"] = {r: old["environments"][r] for r in kept} | new["environments"]
+    for part in ("rows", "goals"):
+        merged[part] = [row for row in old[part] if row["regime"] in kept] + new[part]
+    return merged

@@ -1,0 +1,148 @@
+"""sparse_kl: loss and gradient through the public API and autograd, in place and into a fresh
+tensor, against the official dense loss and three ways to write the sparse one in torch."""
+
+import functools
+from collections.abc import Iterator
+
+import baselines
+import floors
+import torch
+from cases import (
+    BASELINE,
+    FLOOR,
+    PART,
+    SUBJECT,
+    Case,
+    Goal,
+    Provider,
+    nbytes,
+    random_logits,
+    random_targets,
+    require,
+)
+from sources import Head
+from torch import Tensor
+
+import mdkernels
+
+KL_WEIGHT = 0.5
+SHAPES = {"full": ((256, 151936), (512, 50257)), "smoke": ((9, 1001),)}
+
+# Factors by which the in-place kernel must beat a baseline, or may exceed the floor.
+GOALS = {
+    "fp32": [
+        ("official", {"stock": 45, "tuned": 20}),
+        ("sparse_eager", {"stock": 15, "tuned": 6}),
+        (FLOOR, {"stock": 2.0, "tuned": 2.0}),
+    ],
+    "bf16": [
+        ("official", {"stock": 100, "tuned": 45}),
+        ("sparse_eager", {"stock": 42, "tuned": 17}),
+        (FLOOR, {"stock": 2.6, "tuned": 2.6}),
+    ],
+}
+# The gradient times N: entries near 1, where half a bf16 step is 0.002.
+GRAD_LIMIT = {"fp32": 2e-5, "bf16": 4e-3}
+LOSS_LIMIT = 1e-5
+
+
+def expected(logits: Tensor, targets, labels) -> tuple[float, Tensor]:
+    """Loss and gradient times N in float64, straight from the dense definition, in row blocks."""
+    rows, vocab = logits.shape
+    grads, total = [], 0.0
+    for start in range(0, rows, 64):
+        stop = min(start + 64, rows)
+        z = logits[start:stop].double()
+        p = targets.rows(start, stop).to_dense(vocab).double()
+        gold = torch.nn.functional.one_hot(labels[start:stop], vocab)
+        logq = z - z.logsumexp(1, keepdim=True)
+        kl = torch.special.xlogy(p, p).sum() - (p * logq).sum()
+        ce = -(gold * logq).sum()
+        total += float(KL_WEIGHT * kl + (1 - KL_WEIGHT) * ce)
+        mass = KL_WEIGHT * p.sum(1, keepdim=True) + (1 - KL_WEIGHT)
+        grads.append(mass * logq.exp() - KL_WEIGHT * p - (1 - KL_WEIGHT) * gold)
+    return total / rows, torch.cat(grads)
+
+
+def losses(targets, labels, vocab: int, suite: str) -> dict:
+    """Every provider as a function of the logits that returns the loss."""
+    row_ids, token_ids = targets.row_ids(), targets.token_ids.long()
+    sparse = {"row_ids": row_ids, "token_ids": token_ids, "probs": targets.probs}
+    sparse |= {"labels": labels, "kl_weight": KL_WEIGHT}
+    mass = torch.zeros(targets.num_rows).index_add_(0, row_ids, targets.probs)
+    dense = baselines.dense_target(targets, row_ids, vocab)
+
+    def ours(logits, inplace):
+        return mdkernels.sparse_kl(
+            logits, targets, labels, kl_weight=KL_WEIGHT, inplace=inplace
+        ).loss
+
+    def official(logits):
+        built = baselines.dense_target(targets, row_ids, vocab)
+        return baselines.official_loss(logits, built, labels, KL_WEIGHT)
+
+    functions = {
+        "mdkernels_inplace": functools.partial(ours, inplace=True),
+        "mdkernels_fresh": functools.partial(ours, inplace=False),
+        "official": official,
+        "official_given_target": lambda z: baselines.official_loss(z, dense, labels, KL_WEIGHT),
+        "sparse_eager": functools.partial(baselines.sparse_loss, **sparse),
+        "torch_function": functools.partial(baselines.function_loss, mass=mass, **sparse),
+    }
+    if suite == "full":
+        compiled = torch.compile(baselines.sparse_loss, dynamic=False)
+        functions["sparse_compiled"] = functools.partial(compiled, **sparse)
+    return functions
+
+
+def cases(suite: str) -> Iterator[Case]:
+    for rows, vocab in SHAPES[suite]:
+        targets, labels = random_targets(rows, vocab, seed=1)
+        for dtype in ("fp32", "bf16"):
+            torch._dynamo.reset()
+            yield case(suite, rows, vocab, dtype, targets, labels)
+
+
+def case(suite, rows, vocab, dtype, targets, labels) -> Case:
+    head = Head(random_logits(rows, vocab, dtype, seed=2))
+    functions = losses(targets, labels, vocab, suite)
+
+    def check():
+        loss, grad = expected(head.pristine, targets, labels)
+        errors = {}
+        for name, function in functions.items():
+            got_loss, got_grad = head.loss_and_grad(function)
+            found = {
+                "loss_relative": abs(got_loss - loss) / abs(loss),
+                "grad_times_rows": float((got_grad.double() * rows - grad).abs().max()),
+            }
+            limits = {"loss_relative": LOSS_LIMIT, "grad_times_rows": GRAD_LIMIT[dtype]}
+            errors[name] = require(name, found, limits)
+            del got_grad
+        return errors
+
+    providers = [
+        Provider(
+            name,
+            head.step(function),
+            SUBJECT if name.startswith("mdkernels") else BASELINE,
+            head.refresh,
+            repeatable=False,
+        )
+        for name, function in functions.items()
+    ]
+    collate = functools.partial(baselines.dense_target_by_rows, targets, vocab)
+    providers.append(Provider("official_collate", collate, PART, repeatable=False))
+    providers.append(floors.inplace(head.buffer, head.refresh))
+    goals = [Goal("mdkernels_inplace", name, factor) for name, factor in GOALS[dtype]]
+    return Case(
+        op="sparse_kl",
+        shape={"N": rows, "V": vocab},
+        dtype=dtype,
+        providers=providers,
+        check=check,
+        bytes_moved=2 * nbytes(head.buffer),
+        floor="logits read and written in place",
+        goals=goals if suite == "full" else [],
+        notes={"targets_per_row": targets.nnz / rows},
+    )
