@@ -1,0 +1,1 @@
+"""The whole method on real text, with nothing to download: `mdkernels demo`."""
