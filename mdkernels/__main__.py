@@ -1,0 +1,5 @@
+"""`python -m mdkernels` is `mdkernels`."""
+
+from .cli import main
+
+raise SystemExit(main())

@@ -1,0 +1,153 @@
+"""`mdkernels STAGE`: one subcommand per pipeline stage, from the table in cli_stages.py.
+
+Flags are the arguments of the stage's Python function in kebab-case. Nothing heavy is imported
+before a stage runs, so help and usage errors come at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from . import cli_commands
+from .cli_stages import STAGES, Option, Stage
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one line; the usage is what --help is for."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line. Returns 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    # Thread pools of two processes that spin while they wait slow each other down severalfold. It
+    # counts only before torch loads its OpenMP runtime.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    stage: Stage | None = getattr(arguments, "stage", None)
+    if stage is None:
+        parser.print_help()
+        return 0
+    if unknown:
+        arguments.parser.error(_unknown_flag(unknown[0], stage))
+    try:
+        text = getattr(cli_commands, stage.command)(**_settings(stage, vars(arguments)))
+    except KeyboardInterrupt:
+        print(f"\nmdkernels {stage.name}: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        if arguments.traceback or os.environ.get("MDK_DEBUG", "0") not in ("", "0"):
+            traceback.print_exc()
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"mdkernels {stage.name}: error: {message}", file=sys.stderr)
+        return 2
+    if text:
+        print(text)
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mdkernels",
+        description="Memory Decoder: train a small model to imitate a kNN retriever and mix it "
+        "with any base model of the same tokenizer.",
+        epilog="A run goes through the stages in this order. `mdkernels STAGE --help` shows "
+        "options, defaults and an example.",
+        allow_abbrev=False,
+    )
+    subparsers = parser.add_subparsers(metavar="STAGE", title="stages")
+    for stage in STAGES:
+        sub = subparsers.add_parser(
+            stage.name,
+            help=stage.summary,
+            description=stage.summary[0].upper() + stage.summary[1:] + ".",
+            epilog=f"example:\n  {stage.example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        for option in stage.options:
+            _add(sub, option)
+        if stage.options:
+            sub.add_argument(
+                "--config",
+                metavar="FILE",
+                help="JSON object of options, with underscores; flags on the command line win",
+            )
+        sub.add_argument(
+            "--traceback",
+            action="store_true",
+            help="also show where an error was raised (or set MDK_DEBUG=1)",
+        )
+        sub.set_defaults(stage=stage, parser=sub)
+    return parser
+
+
+def _add(parser: argparse.ArgumentParser, option: Option) -> None:
+    help_text = option.help
+    if option.required:
+        help_text += " [required]"
+    elif option.default not in (None, False, True):
+        help_text += f" (default: {option.default})"
+    # What is not given stays out of the namespace: a config file may then supply it, and else the
+    # function's own default applies.
+    settings: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
+    if isinstance(option.default, bool):
+        on_off = argparse.BooleanOptionalAction
+        settings["action"] = on_off if option.default else "store_true"
+    else:
+        settings |= {"type": option.type, "metavar": option.metavar}
+        if option.choices:
+            settings |= {"choices": option.choices, "metavar": None}
+        if option.many:
+            settings["nargs"] = "+"
+    parser.add_argument(option.flag, dest=option.name, **settings)
+
+
+def _settings(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of the stage: the config file's, overridden by flags. Raises ValueError."""
+    known = {option.name: option for option in stage.options}
+    settings: dict[str, Any] = {}
+    if given.get("config") is not None:
+        with open(given["config"], encoding="utf-8") as stream:
+            settings = json.load(stream)
+        if not isinstance(settings, dict):
+            raise ValueError(f"config: {given['config']} must hold a JSON object")
+        for name in settings:
+            if name not in known:
+                raise ValueError(f"config: unknown option {name!r}{_nearest(name, list(known))}")
+    settings |= {name: value for name, value in given.items() if name in known}
+    missing = [o.flag for o in stage.options if o.required and o.name not in settings]
+    if missing:
+        raise ValueError(
+            f"missing {', '.join(missing)}; for example: {' '.join(stage.example.split())}"
+        )
+    return settings
+
+
+def _unknown_flag(argument: str, stage: Stage) -> str:
+    flags = [option.flag for option in stage.options]
+    return f"unknown argument {argument!r}{_nearest(argument.split('=')[0], flags)}"
+
+
+def _nearest(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, 1, 0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the message of `error` is meant for the user; anything else is a bug of ours."""
+    if isinstance(error, (ValueError, OSError, ImportError, FloatingPointError)):
+        return True
+    dispatch = sys.modules.get("mdkernels.ops.dispatch")
+    return dispatch is not None and isinstance(error, dispatch.BackendUnavailable)

@@ -1,0 +1,80 @@
+"""What each subcommand runs, and the line or table it prints. It imports only when it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+def corpus(**settings: Any) -> str:
+    from .corpus import build_corpus
+
+    built = build_corpus(**settings)
+    documents = len(built.document_offsets) - 1
+    return f"{built.path}: {len(built.token_ids):,} tokens, {documents:,} documents"
+
+
+def datastore(**settings: Any) -> str:
+    from .datastore import build_datastore
+
+    built = build_datastore(**settings)
+    return f"{built.path}: {built.keys.shape[0]:,} keys of width {built.keys.shape[1]}"
+
+
+def index(**settings: Any) -> str:
+    from .index import build_index
+
+    built = build_index(**settings)
+    return f"{built.path}: index ready"
+
+
+def targets(**settings: Any) -> str:
+    from .targets import build_targets
+
+    built = build_targets(**settings)
+    return f"{built.path}: {built.num_rows:,} target rows"
+
+
+def train(**settings: Any) -> str:
+    from .train import TrainConfig
+    from .train import train as run
+
+    result = run(TrainConfig.from_dict(settings))
+    last = next(row for row in reversed(result.metrics) if "loss" in row)
+    return (
+        f"{result.path}: {result.steps:,} steps, {result.epochs:.2f} epochs, loss "
+        f"{last['loss']:.4f}, {result.tokens_per_s:,.0f} tokens/s"
+    )
+
+
+def evaluate(**settings: Any) -> None:
+    from .evaluate import evaluate as run
+
+    run(settings.pop("base"), settings.pop("memory", None), settings.pop("corpus"), **settings)
+
+
+def generate(*, prompt: list[str], quiet: bool = False, **settings: Any) -> str | None:
+    from .generate import generate as run
+
+    stream = sys.stdout if len(prompt) == 1 and not quiet else None
+    results = run(settings.pop("base"), settings.pop("memory"), prompt, stream=stream, **settings)
+    if stream is not None:
+        return None
+    parts = []
+    for result in results:
+        for name in ("base", "mixture"):
+            if name in result:
+                parts.append(f"--- {name}\n{result['prompt']}{result[name]}")
+    return "\n".join(parts)
+
+
+def demo(**settings: Any) -> None:
+    from .demo import run
+
+    run(**settings)
+
+
+def doctor() -> str:
+    from .ops.doctor import report
+
+    return report()

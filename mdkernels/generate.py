@@ -1,0 +1,147 @@
+"""Text from the mixture, token by token, optionally beside what the base alone would write."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from .mixture import MemoryMixture
+from .models import load_tokenizer
+
+
+def generate(
+    base,
+    memory,
+    prompts: str | Sequence[str],
+    *,
+    tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
+    mix_weight: float | Sequence[float] = 0.5,
+    memory_temperature: float = 1.0,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int = 0,
+    side_by_side: bool = False,
+    stream: TextIO | None = None,
+    device: str = "auto",
+    dtype: str = "float32",
+) -> list[dict[str, Any]]:
+    """Continue each prompt; one dict per prompt with `prompt`, `mixture` and maybe `base`.
+
+    Args:
+        base, memory: directories, hub ids or live models with one tokenizer; `memory` may be a
+        list.
+        prompts: one text or several, decoded as one batch. The text is tokenised without special
+            tokens, as the corpus was.
+        tokenizer: None: that of `base`, which must then be a directory or hub id.
+        mix_weight, memory_temperature, max_new_tokens, temperature, top_k, top_p, min_p, seed: see
+            `MemoryMixture.generate`.
+        side_by_side: also decode with the base alone, from the same random streams.
+        stream: where to write the text while it is made (one prompt only), for example sys.stdout.
+        dtype: "float32" or "bfloat16" weights; live models keep theirs.
+
+    Texts end before the eos token. Raises ValueError for an empty prompt, naming it, and as
+    `MemoryMixture` does.
+    """
+    texts = [prompts] if isinstance(prompts, str) else list(prompts)
+    if tokenizer is None and isinstance(base, torch.nn.Module):
+        raise ValueError("tokenizer: needed with a live base model, which carries none")
+    tokenizer = load_tokenizer(base if tokenizer is None else tokenizer)
+    encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    if not encoded:
+        raise ValueError("prompts: got none; give at least one")
+    for text, ids in zip(texts, encoded, strict=True):
+        if not ids:
+            raise ValueError(f"prompts: {text!r} is empty; a model continues at least one token")
+    if stream is not None and len(texts) > 1:
+        raise ValueError(f"stream: shows one prompt, got {len(texts)}; generate them one by one")
+
+    mixture = MemoryMixture.from_pretrained(
+        base,
+        memory,
+        mix_weight=mix_weight,
+        memory_temperature=memory_temperature,
+        device=device,
+        dtype=dtype,
+    )
+    models = {"mixture": mixture}
+    if side_by_side:
+        models = {"base": MemoryMixture(mixture.base, []), **models}
+    input_ids, mask = _left_pad(encoded, mixture.base.device)
+    results: list[dict[str, Any]] = [{"prompt": text} for text in texts]
+    for name, model in models.items():
+        printer = None
+        if stream is not None:
+            stream.write(f"--- {name}\n{texts[0]}")
+            printer = _Printer(tokenizer, encoded[0], stream)
+        tokens = model.generate(
+            input_ids,
+            mask,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            seed=seed,
+            eos_token_id=tokenizer.eos_token_id,
+            on_token=printer,
+        )
+        if printer is not None:
+            printer.close()
+        new = tokens[:, input_ids.shape[1] :].tolist()
+        for result, prompt_ids, ids in zip(results, encoded, new, strict=True):
+            result[name] = _continuation(tokenizer, prompt_ids, ids)
+    return results
+
+
+class _Printer:
+    """Writes text as tokens arrive, holding back bytes that are not yet a whole character."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stream: TextIO):
+        self.tokenizer, self.prompt_ids, self.stream = tokenizer, prompt_ids, stream
+        self.ids: list[int] = []
+        self.shown = 0
+
+    def __call__(self, picked: Tensor) -> None:
+        self.ids.append(int(picked[0]))
+        text = _continuation(self.tokenizer, self.prompt_ids, self.ids)
+        if not text.endswith("\ufffd"):
+            self._write(text)
+
+    def _write(self, text: str) -> None:
+        self.stream.write(text[self.shown :])
+        self.stream.flush()
+        self.shown = len(text)
+
+    def close(self) -> None:
+        self._write(_continuation(self.tokenizer, self.prompt_ids, self.ids))
+        self.stream.write("\n")
+
+
+def _continuation(
+    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]
+) -> str:
+    """The text of `new_ids` up to eos, as it reads after the prompt.
+
+    Decoded together with the prompt: alone, a SentencePiece tokenizer would drop its first space.
+    """
+    eos = tokenizer.eos_token_id
+    kept = new_ids[: new_ids.index(eos)] if eos in new_ids else new_ids
+    options = {"clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(prompt_ids, **options)
+    return tokenizer.decode(prompt_ids + kept, **options)[len(before) :]
+
+
+def _left_pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """(B, T) ids and mask; what fills the padding is never read."""
+    width = max(map(len, rows))
+    ids = [[0] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
