@@ -70,21 +70,20 @@ struct MdkTokenSlot {
   int32_t entry;
 };
 
-// Per-thread scratch of knn_targets. `neighbors` entries per array unless stated, plus a vector.
+// Per-thread scratch of knn_targets: arrays of `neighbors` elements and a vector of slack.
 struct MdkKnnScratch {
   MdkTokenSlot* table;   // power-of-two slots, all empty between rows
   uint32_t table_shift;  // 32 - log2(slots)
-  float* weights;
-  int32_t* tokens;  // of the entries, in order of appearance
-  int32_t* slots;   // of the entries
-  double* sums;     // kKnnLanes per entry
-  int64_t* keys;    // (probability, token) of the entries, packed to sort descending
+  float* weights;        // of the neighbours
+  int32_t* tokens;
+  int32_t* entries;  // distinct tokens
+  double* sums;      // and their weights
+  int32_t* slots;    // of `table` in use
+  int64_t* keys;     // (probability, token) packed to sort descending
   int64_t* sorted;
   int64_t fault_column;
   int64_t fault_value;
 };
-
-constexpr int kKnnLanes = 4;
 
 enum MdkKnnFault { MDK_KNN_ID = -1, MDK_KNN_DISTANCE = -2, MDK_KNN_TOKEN = -3 };
 

@@ -15,7 +15,7 @@ constexpr int64_t kSlack = 64;  // elements: completes the last vector of any in
 struct Scratch {
   std::vector<MdkTokenSlot> table;
   std::vector<float> weights;
-  std::vector<int32_t> entries;
+  std::vector<int32_t> integers;
   std::vector<double> sums;
   std::vector<int64_t> keys;
   MdkKnnScratch view;
@@ -27,15 +27,16 @@ struct Scratch {
     while ((int64_t{1} << bits) < 2 * neighbors) ++bits;
     table.assign(size_t{1} << bits, MdkTokenSlot{-1, 0});
     weights.resize(capacity);
-    entries.resize(2 * capacity);
-    sums.resize(kKnnLanes * capacity);
+    integers.resize(3 * capacity);
+    sums.resize(capacity);
     keys.resize(2 * capacity);
     view = {table.data(),
             32 - bits,
             weights.data(),
-            entries.data(),
-            entries.data() + capacity,
+            integers.data(),
+            integers.data() + capacity,
             sums.data(),
+            integers.data() + 2 * capacity,
             keys.data(),
             keys.data() + capacity,
             0,

@@ -21,15 +21,14 @@ def forward(
     d = distances.double().where(counts, torch.inf)
     nearest = d.amin(1, keepdim=True) if d.shape[1] else d.sum(1, keepdim=True)
     weights = ((nearest - d) / temperature).exp().where(counts, 0.0)
-    rows, places = weights.nonzero(as_tuple=True)
-    tokens = values[ids[rows, places]].long()
-    _refuse("value", (tokens < 0) | (tokens >= 1 << 31), tokens, num_values, rows)
+    tokens = values[ids.clamp(min=0)].long() if num_values else ids
+    _refuse("value", (ids >= 0) & ((tokens < 0) | (tokens >= 1 << 31)), tokens, num_values)
 
     # unique sorts by row, then by token; the two stable sorts keep tokens ascending among equals.
-    keys, inverse = torch.unique(rows << 31 | tokens, return_inverse=True)
-    probs = weights.new_zeros(len(keys)).index_add_(
-        0, inverse, (weights / weights.sum(1, True))[rows, places]
-    )
+    rows, places = weights.nonzero(as_tuple=True)
+    keys, inverse = torch.unique(rows << 31 | tokens[rows, places], return_inverse=True)
+    shares = (weights / weights.sum(1, keepdim=True))[rows, places]
+    probs = shares.new_zeros(len(keys)).index_add_(0, inverse, shares)
     probs = probs.float()
     keys, probs = (t[probs >= torch.finfo(torch.float32).tiny] for t in (keys, probs))
     order = probs.argsort(descending=True, stable=True)
@@ -41,9 +40,8 @@ def forward(
     return offsets, (keys & 0x7FFFFFFF).int(), probs
 
 
-def _refuse(what: str, bad: Tensor, shown: Tensor, num_values: int, rows: Tensor | None = None):
+def _refuse(what: str, bad: Tensor, shown: Tensor, num_values: int) -> None:
     """Raise for the first place where `bad` is true, showing the entry of `shown` there."""
     if bool(bad.any()):
-        where = bad.nonzero()[0]
-        row = where[0] if rows is None else rows[where[0]]
-        raise_fault((what, int(row), int(shown[tuple(where)])), num_values)
+        row, column = bad.nonzero()[0].tolist()
+        raise_fault((what, row, int(shown[row, column])), num_values)
