@@ -86,7 +86,16 @@ def case(rows, neighbors, entries=400, vocab=60, seed=0, missing=0.1):
 
 @pytest.mark.parametrize(
     ("rows", "neighbors", "vocab"),
-    [(1, 1, 5), (5, 3, 5), (40, 37, 60), (9, 128, 3), (7, 1024, 47), (5, 1024, 50257), (3, 129, 1), (2, 3001, 900)],
+    [
+        (1, 1, 5),
+        (5, 3, 5),
+        (40, 37, 60),
+        (9, 128, 3),
+        (7, 1024, 47),
+        (5, 1024, 50257),
+        (3, 129, 1),
+        (2, 3001, 900),
+    ],
 )
 def test_matches_the_loop(backend, rows, neighbors, vocab):
     entries = max(400, vocab)
