@@ -147,15 +147,17 @@ void sparse_kl_typed(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin,
     float* kept = is_f32(x) && grad ? (float*)grad : s->kept;
     float max;
     double log_normalizer;  // lse - max
-    if (a->grad_only) {
+    // Beyond 1e8 (a row of the lowest finite logits) lse = max + log(sum) has lost the second term.
+    if (a->grad_only && fabs(a->lse[row]) < 1e8) {
       max = (float)a->lse[row];
       log_normalizer = a->lse[row] - (double)max;
     } else {
-      const SumExp acc = grad ? row_sum_exp<true>(x, a->vocab, 1.0f, kept, s->references)
-                              : row_sum_exp<false>(x, a->vocab, 1.0f, kept, s->references);
+      const SumExp acc = grad && !a->grad_only
+                             ? row_sum_exp<true>(x, a->vocab, 1.0f, kept, s->references)
+                             : row_sum_exp<false>(x, a->vocab, 1.0f, kept, s->references);
       max = acc.max;
       log_normalizer = log(acc.sum);
-      if (a->lse) a->lse[row] = (double)max + log_normalizer;
+      if (a->lse && !a->grad_only) a->lse[row] = (double)max + log_normalizer;
       if (a->kl) a->kl[row] = (float)sparse_kl_loss(s, count, log_normalizer, max);
       if (a->ce)
         a->ce[row] =
@@ -164,6 +166,10 @@ void sparse_kl_typed(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin,
     if (!grad) continue;
     const float kl_coef = a->kl_coef[row], ce_coef = gold < 0 ? 0.0f : a->ce_coef[row];
     const float scale = (float)(((double)kl_coef * mass + ce_coef) * exp(-log_normalizer));
+    if (!(fabsf(scale) < INFINITY)) {  // NaN or infinite logits, or all -inf: the whole row is NaN
+      for (int64_t i = 0; i < a->vocab; ++i) from_float(NAN, grad + i);
+      continue;
+    }
     if (a->grad_only)
       write_softmax(x, grad, a->vocab, max, scale);
     else
