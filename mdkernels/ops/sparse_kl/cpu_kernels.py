@@ -10,9 +10,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
-    rows = logits.shape[0]
-    kl, ce = logits.new_empty((2, rows), dtype=torch.float32)
-    lse = logits.new_empty(rows, dtype=torch.float64)
+    # Separate tensors: the outputs of a registered operator must not share storage.
+    kl, ce = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    lse = logits.new_empty(logits.shape[0], dtype=torch.float64)
     sparse = (row_offsets, token_ids, probs, labels, ignore_index)
     _launch(logits, sparse, kl=kl, ce=ce, lse=lse)
     return kl, ce, lse
@@ -30,7 +30,7 @@ def backward(
 def forward_backward_(
     logits, row_offsets, token_ids, probs, labels, ignore_index, kl_coef, ce_coef
 ) -> tuple[Tensor, Tensor]:
-    kl, ce = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
+    kl, ce = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
     sparse = (row_offsets, token_ids, probs, labels, ignore_index)
     _launch(logits, sparse, kl=kl, ce=ce, grad=logits, coefs=(kl_coef, ce_coef))
     return kl, ce

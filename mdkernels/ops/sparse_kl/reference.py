@@ -15,7 +15,7 @@ def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
     log_normalizer = (z - top[:, None]).exp().sum(1).log()
     logprob = z[rows, ids] - top[rows] - log_normalizer[rows]
     terms = torch.where(p == 0, 0.0, p * (p.log() - logprob))
-    kl = z.new_zeros(len(z)).index_add_(0, rows, terms)
+    kl = _sum_rows(terms, rows, z)
     if labels is None:
         return kl, torch.zeros_like(kl), lse.double()
     live = labels != ignore_index
@@ -36,7 +36,7 @@ def backward(
     kl_coef, ce_coef = kl_coef.to(z.dtype), ce_coef.to(z.dtype)
     if labels is None:
         ce_coef = torch.zeros_like(kl_coef)
-    mass = z.new_zeros(len(z)).index_add_(0, rows, p)
+    mass = _sum_rows(p, rows, z)
     grad = z.softmax(1) * (kl_coef * mass + ce_coef)[:, None]
     grad.index_put_((rows, ids), -kl_coef[rows] * p, accumulate=True)
     if labels is not None:
@@ -64,6 +64,12 @@ def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
+def _sum_rows(values: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
+    """Sums of the entries of each row; in fp64, since index_add_ adds one after the other."""
+    sums = torch.zeros(len(logits), dtype=torch.float64, device=logits.device)
+    return sums.index_add_(0, rows, values.double()).to(logits.dtype)
+
+
 def _merged(
     logits, row_offsets, token_ids, probs, labels, ignore_index
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +81,6 @@ def _merged(
     rows = torch.repeat_interleave(torch.arange(num_rows, device=logits.device), lengths)
     keys, inverse = torch.unique(rows * vocab + token_ids, return_inverse=True)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    merged = torch.zeros(len(keys), dtype=wide, device=logits.device)
-    merged.index_add_(0, inverse, probs.to(wide))
-    return keys // vocab, keys % vocab, merged
+    merged = torch.zeros(len(keys), dtype=torch.float64, device=logits.device)
+    merged.index_add_(0, inverse, probs.double())
+    return keys // vocab, keys % vocab, merged.to(wide)
