@@ -1,0 +1,72 @@
+"""Parametrisation over backends and instruction sets, and the fixtures the operator tests share."""
+
+import pytest
+import torch
+from helpers import variants
+from hypothesis import settings
+
+from mdkernels.ops import native
+
+# derandomize: CI must not fail on a draw nobody can repeat; deadline: a busy machine is no bug.
+settings.register_profile("mdk", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("mdk")
+
+# The oracles are small; waking threads for them on a shared machine costs more than they compute.
+# Kernels that should run threaded do so inside `helpers.threads`.
+torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc):
+    """A test that asks for `variant` runs on every backend and instruction set available here for
+    the operator its module names as OP; with `dtype`, on every dtype that variant takes."""
+    names = metafunc.fixturenames
+    if "variant" not in names:
+        return
+    found = variants(metafunc.module.OP)
+    marks = {v: [pytest.mark.gpu] if v.device == "cuda" else [] for v in found}
+    if "dtype" not in names:
+        params = [pytest.param(v, id=str(v), marks=marks[v]) for v in found]
+        metafunc.parametrize("variant", params, indirect=True)
+        return
+    params = [
+        pytest.param(v, dtype, id=f"{v}-{str(dtype).removeprefix('torch.')}", marks=marks[v])
+        for v in found
+        for dtype in v.dtypes()
+    ]
+    metafunc.parametrize(("variant", "dtype"), params, indirect=["variant"])
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device is visible to torch")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture
+def variant(request):
+    """A `helpers.Variant` whose instruction set is active during the test."""
+    chosen = request.param
+    if chosen.isa is None:
+        yield chosen
+        return
+    module = native.load("_cpu").module
+    before = module.isa()
+    module.set_isa(chosen.isa)
+    yield chosen
+    module.set_isa(before)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Every new tensor starts as NaN (integers: the largest value) until somebody writes it."""
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.use_deterministic_algorithms(before)
