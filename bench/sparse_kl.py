@@ -15,6 +15,7 @@ from cases import (
     Case,
     Goal,
     Provider,
+    WrongResult,
     nbytes,
     random_logits,
     random_targets,
@@ -112,13 +113,23 @@ def case(suite, rows, vocab, dtype, targets, labels) -> Case:
         errors = {}
         for name, function in functions.items():
             got_loss, got_grad = head.loss_and_grad(function)
+            error = (got_grad.double() * rows - grad).abs()
             found = {
                 "loss_relative": abs(got_loss - loss) / abs(loss),
-                "grad_times_rows": float((got_grad.double() * rows - grad).abs().max()),
+                "grad_times_rows": float(error.max()),
             }
             limits = {"loss_relative": LOSS_LIMIT, "grad_times_rows": GRAD_LIMIT[dtype]}
-            errors[name] = require(name, found, limits)
-            del got_grad
+            try:
+                errors[name] = require(name, found, limits)
+            except WrongResult as wrong:
+                row, token = divmod(int(error.argmax()), vocab)
+                count = int((error > GRAD_LIMIT[dtype]).sum())
+                raise WrongResult(
+                    f"{wrong}; {count} gradient entries are off, the worst at row {row}, token "
+                    f"{token}: {float(got_grad[row, token]) * rows:.6g}, expected "
+                    f"{float(grad[row, token]):.6g}"
+                ) from wrong
+            del got_grad, error
         return errors
 
     providers = [
