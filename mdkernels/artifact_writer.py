@@ -185,9 +185,13 @@ class ArtifactWriter:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
+        # A failure before the first checkpoint leaves nothing that a later run could use.
+        if exc_info[0] is not None and self.work.is_dir() and not (self.work / _PROGRESS).exists():
+            shutil.rmtree(self.work)
         self.close()
 
     def _load_progress(self) -> dict[str, Any]:
+        progress = None
         try:
             progress = json.loads((self.work / _PROGRESS).read_bytes())
             usable = progress["header"] == digest(self.header) and all(
@@ -198,6 +202,11 @@ class ArtifactWriter:
             usable = False
         if usable:
             return progress
+        if progress is not None:
+            warnings.warn(
+                f"{self.work}: an unfinished run with other settings or inputs was discarded",
+                stacklevel=4,
+            )
         for entry in self.work.iterdir():
             if entry.name != _LOCK:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
