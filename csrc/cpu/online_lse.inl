@@ -9,9 +9,9 @@ struct SumExp {
 
 constexpr int64_t kLseBlock = 4096;  // elements: a block is re-read from the first-level cache
 // A block whose maximum exceeds the reference by more than this (in nats) gets a new reference.
-// Overflow is far away (fp32 would bear 41); what bounds it is accuracy: x - reference is rounded at
-// its own size, so exp(x - reference) has a relative error of 2^-23 per 2 nats, and these are the
-// terms that make up the sum.
+// Overflow is far away (fp32 would bear 41); what bounds it is accuracy: x - reference is rounded
+// at its own size, so exp(x - reference) has a relative error of 2^-23 per 2 nats, and these are
+// the terms that make up the sum.
 constexpr float kRescaleAbove = 4.0f;
 // How far ahead of the loads lines are requested: a little more than one fp32 block. On one Zen 5
 // core a 512 x 50257 fp32 gradient took 7.1 ms at 2 KB, 6.5 at 8 KB, 4.9 at 20 KB, 5.0 at 32 KB.
@@ -22,6 +22,15 @@ MDK_INLINE void prefetch_ahead(const T* x, int64_t elements) {
   const char* line = (const char*)x + kPrefetchBytes;
   for (int64_t i = 0; i < elements * (int64_t)sizeof(T); i += 64)
     __builtin_prefetch(line + i, 0, 3);
+}
+
+// The exponentials of an fp32 row are kept where its gradient goes and must end with the row. Those
+// of a 16-bit row live in scratch with slack, in whole pairs: their lanes are even and odd
+// elements.
+MDK_INLINE constexpr bool keeps_in_row(const float*) { return true; }
+template <class T>
+MDK_INLINE constexpr bool keeps_in_row(const T*) {
+  return false;
 }
 
 template <class T>
@@ -85,10 +94,10 @@ MDK_INLINE float block_sum(const T* x, int64_t n, float max, float scale, float*
     a = vexp2((a - reference) * k);
     b = vexp2((b - reference) * k);
     if (kKeep) {
-      if (i + 2 * W <= n)
-        store2(kept + i, a, b);
-      else
+      if (keeps_in_row(x) && i + 2 * W > n)
         store2_tail(kept + i, n - i, a, b);
+      else
+        store2(kept + i, a, b);
     }
     s0 += a;
     s1 += b;

@@ -25,12 +25,6 @@ MDK_INLINE int32_t find_or_add(MdkSparseKLScratch* s, const T* x, int32_t id, in
   return entry;
 }
 
-MDK_INLINE constexpr bool is_f32(const float*) { return true; }
-template <class T>
-MDK_INLINE constexpr bool is_f32(const T*) {
-  return false;
-}
-
 template <class T>
 MDK_INLINE void fill_zero(T* row, int64_t n) {
   memset(row, 0, (size_t)n * sizeof(T));
@@ -74,7 +68,10 @@ MDK_INLINE void write_kept(const float* kept, const float* references, T* out, i
       store2(out + i, a * factor, b * factor);
     }
     if (i < end) {
-      load2(kept + i, &a, &b);
+      if (keeps_in_row(out))
+        load2_tail(kept + i, end - i, 0.0f, &a, &b);
+      else
+        load2(kept + i, &a, &b);
       store2_tail(out + i, end - i, a * factor, b * factor);
     }
   }
@@ -143,8 +140,7 @@ void sparse_kl_typed(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin,
       s->logits[count + i] = 0.0f;
     }
 
-    // fp32 exponentials fit where the gradient goes; 16-bit rows keep them in scratch.
-    float* kept = is_f32(x) && grad ? (float*)grad : s->kept;
+    float* kept = keeps_in_row(x) && grad ? (float*)grad : s->kept;
     float max;
     double log_normalizer;  // lse - max
     // Beyond 1e8 (a row of the lowest finite logits) lse = max + log(sum) has lost the second term.
