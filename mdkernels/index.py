@@ -45,6 +45,8 @@ class Index:
         self.factory: str = self.meta["config"]["factory"]
         self.num_rows, self.dim = datastore.num_rows, datastore.dim
         self.device = device
+        self.nprobe: int | None = None
+        """Cells an IVF index visits per query; None for indexes without cells."""
 
     def search(
         self, queries: Tensor | np.ndarray, num_neighbors: int, *, in_order: bool = True
@@ -112,7 +114,10 @@ class FaissIndex(Index):
             raise ArtifactError(
                 f"{artifact}: (dimension, rows, metric) is {found} in {_FILE}, expected {wanted}"
             )
-        _set_nprobe(faiss, index, self.meta["config"]["nprobe"] if nprobe is None else nprobe)
+        ivf = faiss.try_extract_index_ivf(index)
+        if ivf is not None:
+            wanted = self.meta["config"]["nprobe"] if nprobe is None else nprobe
+            self.nprobe = ivf.nprobe = min(wanted, ivf.nlist)
         if device.type == "cuda" and getattr(faiss, "get_num_gpus", int)() > 0:
             self._resources = faiss.StandardGpuResources()
             index = faiss.index_cpu_to_gpu(self._resources, device.index or 0, index)
@@ -147,6 +152,8 @@ def open_index(
     """
     if isinstance(index, Index):
         return index
+    if nprobe is not None and nprobe < 1:
+        raise ValueError(f"nprobe: must be at least 1, got {nprobe}")
     datastore = open_datastore(datastore)
     # faiss parses its file with few checks of its own, so it only gets bytes that were verified.
     artifact = read_artifact(index, Index.kind, verify=True)
@@ -214,12 +221,6 @@ def _faiss(factory: str):
             f'factory="{EXACT}", which needs nothing'
         ) from error
     return faiss
-
-
-def _set_nprobe(faiss, index, nprobe: int) -> None:
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        ivf.nprobe = min(nprobe, ivf.nlist)
 
 
 def _write_faiss(

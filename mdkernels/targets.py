@@ -1,0 +1,275 @@
+"""Stage 4: datastore and index -> the kNN distribution of every row, for the memory to imitate.
+
+Reads: a datastore and its index.
+Writes: row_offsets (R + 1,) int64, token_ids (nnz,) int32, probs (nnz,) fp32 or fp16.
+
+Row r is softmax(-d / knn_temperature) over the neighbours of key r, d being squared L2, with row r
+itself left out by its id, merged by the neighbours' next tokens (arXiv 2508.09874, eq. 2).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .artifact import Artifact, ArtifactError, read_artifact
+from .artifact_writer import ArtifactWriter
+from .corpus import Corpus
+from .datastore import Datastore, open_datastore
+from .index import Index, open_index
+from .ops.knn_targets import knn_targets
+from .ops.sparse_targets import SparseTargets
+
+DEFAULT_RELATIVE_TEMPERATURE = 0.05
+
+
+class TargetStore:
+    """An opened targets artefact: R sparse rows in the order of the corpus."""
+
+    kind = "targets"
+
+    def __init__(self, artifact: Artifact):
+        probs_dtypes = ("float32", "float16")
+        artifact.require(row_offsets=("int64", 1), token_ids=("int32", 1), probs=(probs_dtypes, 1))
+        self.artifact, self.path, self.meta = artifact, artifact.path, artifact.meta
+        self.content_id = artifact.content_id
+        self.tokenizer_hash: str = self.meta["tokenizer_hash"]
+        self.vocab_size: int = self.meta["vocab_size"]
+        self.knn_temperature: float = self.meta["config"]["knn_temperature"]
+        arrays = [artifact.array(name) for name in ("row_offsets", "token_ids", "probs")]
+        offsets, ids, probs = arrays
+        if len(offsets) < 2 or len(ids) != len(probs) or (offsets[0], offsets[-1]) != (0, len(ids)):
+            raise ArtifactError(
+                f"{artifact}: {len(offsets)} row_offsets, {len(ids)} token_ids and {len(probs)} "
+                "probs do not make sparse rows"
+            )
+        with warnings.catch_warnings():
+            # Maps are read-only and torch warns that its tensors do not know that.
+            warnings.simplefilter("ignore")
+            self._all = SparseTargets(*map(torch.from_numpy, arrays))
+        if artifact.verified:
+            try:
+                self._all.validate(self.vocab_size)
+            except ValueError as error:
+                raise ArtifactError(f"{artifact}: {error}") from error
+
+    @property
+    def num_rows(self) -> int:
+        return self._all.num_rows
+
+    @property
+    def nnz(self) -> int:
+        return self._all.nnz
+
+    def rows(self, start: int, stop: int) -> SparseTargets:
+        """Rows [start, stop). Probabilities of a row sum to 1; a row may be empty.
+
+        fp32 stores give views of the file, which must not be written to; fp16 stores give fp32
+        copies, normalised again because rounding to fp16 changed the sums.
+        """
+        targets = self._all.rows(start, stop)
+        if targets.probs.dtype == torch.float32:
+            return targets
+        owner, probs = targets.row_ids(), targets.probs.float()
+        mass = torch.zeros(targets.num_rows).index_add_(0, owner, probs)
+        return SparseTargets(targets.row_offsets, targets.token_ids, probs / mass[owner])
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Raise ArtifactError unless these are the targets of exactly this corpus."""
+        self.artifact.expect(
+            str(corpus.artifact),
+            inputs={Corpus.kind: corpus.content_id},
+            tokenizer_hash=corpus.tokenizer_hash,
+            vocab_size=corpus.vocab_size,
+        )
+        if self.num_rows != corpus.num_rows:
+            raise ArtifactError(
+                f"{self.artifact}: has {self.num_rows} rows, {corpus.artifact} {corpus.num_rows}"
+            )
+
+
+def open_targets(targets: TargetStore | str | os.PathLike, *, verify: bool = False) -> TargetStore:
+    """Open a targets directory; an opened one is returned as it is. See `read_artifact`."""
+    if isinstance(targets, TargetStore):
+        return targets
+    return TargetStore(read_artifact(targets, TargetStore.kind, verify=verify))
+
+
+def build_targets(
+    datastore: Datastore | str | os.PathLike,
+    index: Index | str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    num_neighbors: int = 1024,
+    knn_temperature: float | None = None,
+    relative_temperature: float | None = None,
+    probs_dtype: str = "float32",
+    batch_size: int = 4096,
+    device: str = "auto",
+    checkpoint_seconds: float = 30.0,
+    overwrite: bool = False,
+) -> TargetStore:
+    """Search every datastore row and write its kNN distribution to `out`.
+
+    A killed run leaves `<out>.partial` and continues from its last checkpoint when it is called
+    again with the same inputs and settings.
+
+    Args:
+        num_neighbors: neighbours searched per row. The row itself is among them, so the paper's
+            1024 leaves 1023.
+        knn_temperature: divides the squared L2 distances, in squared key units (paper: 16).
+        relative_temperature: the same as a multiple of the mean squared distance of two random
+            keys, which carries over between models. Give one of the two; without either, 0.05.
+        probs_dtype: "float32", or "float16" for 6 instead of 8 bytes per entry.
+        batch_size: rows searched at once; each takes 12 bytes per neighbour.
+        device: where to search, if `index` is a path.
+        checkpoint_seconds: at most this much work is repeated after a kill.
+
+    meta.json gets both temperatures, the mean squared distance and `stats`: nnz per row (mean, p50,
+    p99), and means over rows of the top probability, the entropy (nats) and the probability of the
+    row's own next token, which is what the targets know without having seen it.
+
+    Raises ValueError for settings that make no distribution, ArtifactError for inputs of two runs.
+    """
+    datastore = open_datastore(datastore)
+    index = open_index(index, datastore, device=device)
+    index.artifact.expect(str(datastore.artifact), inputs={Datastore.kind: datastore.content_id})
+    config = _config(
+        datastore, index, num_neighbors, knn_temperature, relative_temperature, probs_dtype
+    )
+    if batch_size < 1:
+        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
+    header = {
+        "tokenizer_hash": datastore.tokenizer_hash,
+        "vocab_size": datastore.vocab_size,
+        "config": config,
+        "inputs": index.meta["inputs"] | {Index.kind: index.content_id},
+    }
+    values = torch.from_numpy(np.array(datastore.values)).to(index.device)
+    num_rows = datastore.num_rows
+    with ArtifactWriter(out, TargetStore.kind, header, overwrite=overwrite) as writer:
+        offsets = writer.array("row_offsets", "int64")
+        token_ids = writer.array("token_ids", "int32")
+        probs = writer.array("probs", probs_dtype)
+        if not offsets.rows:
+            offsets.append(np.zeros(1, np.int64))
+        sums = writer.state.get("sums", {"top_prob": 0.0, "entropy": 0.0, "own_token_prob": 0.0})
+        done = offsets.rows - 1
+        saved = time.monotonic()
+        with tqdm(
+            desc="targets", total=num_rows, initial=done, unit="row", unit_scale=True, disable=None
+        ) as progress:
+            for start in range(done, num_rows, batch_size):
+                stop = min(start + batch_size, num_rows)
+                batch = _search(datastore, index, values, start, stop, config)
+                for name, value in _batch_sums(batch, values[start:stop].cpu()).items():
+                    sums[name] += value
+                if probs_dtype == "float16":
+                    batch = _to_half(batch)
+                offsets.append(batch.row_offsets[1:].numpy() + token_ids.rows)
+                token_ids.append(batch.token_ids.numpy())
+                probs.append(batch.probs.numpy())
+                progress.update(stop - start)
+                if time.monotonic() - saved >= checkpoint_seconds:
+                    writer.checkpoint(sums=sums)
+                    saved = time.monotonic()
+        writer.checkpoint(sums=sums)
+        return TargetStore(writer.commit(stats=_stats(writer.work / "row_offsets.bin", sums)))
+
+
+def _config(
+    datastore: Datastore,
+    index: Index,
+    num_neighbors: int,
+    absolute: float | None,
+    relative: float | None,
+    probs_dtype: str,
+) -> dict[str, Any]:
+    if num_neighbors < 2:
+        raise ValueError(
+            f"num_neighbors: must be at least 2, the row itself being one, got {num_neighbors}"
+        )
+    if probs_dtype not in ("float32", "float16"):
+        raise ValueError(f'probs_dtype: must be "float32" or "float16", got {probs_dtype!r}')
+    if absolute is not None and relative is not None:
+        raise ValueError(
+            "knn_temperature, relative_temperature: give one of them, got "
+            f"{absolute} and {relative}"
+        )
+    scale = datastore.mean_squared_distance()
+    if absolute is None:
+        relative = DEFAULT_RELATIVE_TEMPERATURE if relative is None else relative
+        absolute = relative * scale
+    if not 0 < absolute < float("inf"):
+        raise ValueError(
+            f"knn_temperature: must be positive and finite, got {absolute} (relative_temperature "
+            f"{relative}, mean squared key distance {scale}); pass an absolute knn_temperature"
+        )
+    return {
+        "num_neighbors": num_neighbors,
+        "knn_temperature": absolute,
+        "relative_temperature": absolute / scale if scale else None,
+        "mean_squared_distance": scale,
+        "probs_dtype": probs_dtype,
+        "factory": index.factory,
+        "nprobe": index.nprobe,
+    }
+
+
+def _search(
+    datastore: Datastore,
+    index: Index,
+    values: Tensor,
+    start: int,
+    stop: int,
+    config: dict[str, Any],
+) -> SparseTargets:
+    queries = torch.from_numpy(np.array(datastore.keys[start:stop])).to(index.device).float()
+    # The order within a row does not matter to knn_targets, and sorting is not free.
+    distances, ids = index.search(queries, config["num_neighbors"], in_order=False)
+    return knn_targets(
+        distances,
+        ids,
+        values,
+        temperature=config["knn_temperature"],
+        exclude_ids=torch.arange(start, stop, device=index.device),
+    ).to("cpu")
+
+
+def _to_half(targets: SparseTargets) -> SparseTargets:
+    """probs in fp16, without the entries that fp16 cannot tell from 0."""
+    half = targets.probs.half()
+    kept = half > 0
+    counts = torch.bincount(targets.row_ids()[kept], minlength=targets.num_rows)
+    offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    return SparseTargets(offsets, targets.token_ids[kept], half[kept])
+
+
+def _batch_sums(targets: SparseTargets, own_tokens: Tensor) -> dict[str, float]:
+    probs, owner = targets.probs.double(), targets.row_ids()
+    filled = targets.row_offsets.diff() > 0
+    return {
+        # Entries are sorted by descending probability.
+        "top_prob": float(probs[targets.row_offsets[:-1][filled]].sum()),
+        "entropy": -float(torch.xlogy(probs, probs).sum()),
+        "own_token_prob": float(probs[targets.token_ids == own_tokens[owner]].sum()),
+    }
+
+
+def _stats(offsets_file: os.PathLike, sums: dict[str, float]) -> dict[str, Any]:
+    lengths = np.diff(np.memmap(offsets_file, np.dtype("<i8"), "r"))
+    p50, p99 = np.percentile(lengths, (50, 99))
+    return {
+        "nnz_mean": float(lengths.mean()),
+        "nnz_p50": float(p50),
+        "nnz_p99": float(p99),
+        "empty_rows": int((lengths == 0).sum()),
+        **{name: total / len(lengths) for name, total in sums.items()},
+    }
