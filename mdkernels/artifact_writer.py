@@ -204,7 +204,8 @@ class ArtifactWriter:
             return progress
         if progress is not None:
             warnings.warn(
-                f"{self.work}: an unfinished run with other settings or inputs was discarded",
+                f"{self.work}: an unfinished run with other settings or inputs, or a damaged one, "
+                "was discarded",
                 stacklevel=4,
             )
         for entry in self.work.iterdir():
