@@ -17,11 +17,9 @@ provider some of whose samples stayed disturbed."""
 
 
 def documents(device: Path) -> list[dict]:
-    """Every results file of a device, in the order of the ops in run.py."""
-    import run
-
+    """Every results file of a device, in the order of `results.OPS`."""
     found = {path.stem: results.read(path) for path in device.glob("*.json")}
-    return [found[op] for op in run.OPS if op in found]
+    return [found[op] for op in results.OPS if op in found]
 
 
 def _spread(value: dict, digits: int = 3) -> str:

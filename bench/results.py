@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 FORMAT = 1
+OPS = ("sparse_kl", "token_logprobs", "logit_mix", "mix_argmax", "mix_sample", "knn_targets")
 QUANTILES = {"median": float, "p20": float, "p80": float}
 ROW = {
     "op": str,

@@ -17,7 +17,6 @@ import regimes
 import results
 
 HERE = Path(__file__).resolve().parent
-OPS = ("sparse_kl", "token_logprobs", "logit_mix", "mix_argmax", "mix_sample", "knn_targets")
 OUT = {"full": HERE / "results", "smoke": HERE.parent / "build" / "bench" / "smoke"}
 BANDWIDTH_BYTES = {"full": 256 << 20, "smoke": 1 << 20}
 
@@ -80,7 +79,8 @@ def run(suite: str, ops: list[str], chosen: list[str], out: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--suite", choices=("smoke", "full"), default="full")
-    parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS), metavar="OP")
+    every = list(results.OPS)
+    parser.add_argument("--ops", nargs="+", choices=every, default=every, metavar="OP")
     parser.add_argument("--regime", choices=(*regimes.REGIMES, "both"), default="both")
     parser.add_argument("--out", type=Path, help="default: bench/results; build/bench for smoke")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
