@@ -9,6 +9,8 @@
 
 namespace py = pybind11;
 
+void bind_mix(py::module_& m);  // mix_bind.cpp
+
 void bind_knn_targets(py::module_& m);  // knn_targets_bind.cpp
 
 namespace {
@@ -68,5 +70,6 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("advise_huge_pages",
         [](uintptr_t data, int64_t bytes) { mdk::advise_huge_pages(pointer<void>(data), bytes); });
   m.def("sparse_kl", &sparse_kl);
+  bind_mix(m);
   bind_knn_targets(m);
 }

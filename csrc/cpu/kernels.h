@@ -8,6 +8,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "mix_kernels.h"
+
 enum MdkDtype { MDK_F32 = 0, MDK_BF16 = 1, MDK_F16 = 2 };
 
 struct MdkSparseKL {
@@ -94,6 +96,7 @@ struct MdkKernels {
   // MdkKnnFault with its column and value in the scratch.
   int64_t (*knn_targets)(const MdkKnnTargets*, MdkKnnScratch*, int64_t row, int32_t* ids,
                          float* probs);
+  MdkMixKernels mix;
 };
 
 extern "C" {

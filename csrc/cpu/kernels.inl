@@ -6,10 +6,17 @@ namespace {
 #include "knn_targets.inl"
 #include "online_lse.inl"
 #include "sparse_kl.inl"
+// Each builds on the ones before it.
+#include "mix_common.inl"
+#include "logit_mix.inl"
+#include "mix_argmax.inl"
+#include "philox.inl"
+#include "mix_sample.inl"
 }  // namespace
 
 extern "C" const MdkKernels MDK_TABLE = {
     MDK_ISA_NAME,
     sparse_kl,
     knn_targets,
+    {mix_sums, mix_write, mix_best, mix_group_max, mix_collect, mix_mass_above, mix_race, W},
 };

@@ -6,7 +6,9 @@ falls through the list. No other file decides between backends.
 
 A backend of an operator is a module ``mdkernels.ops.<op>.<backend>_kernels`` (``reference`` for the
 eager one) whose functions have the same signatures as the operator's torch.library schemas, without
-the trailing ``backend``. It may define ``DTYPES``, the logits dtypes it takes.
+the trailing ``backend``. It may define ``DTYPES``, the logits dtypes it takes, and
+``DIFFERENTIABLE = True`` if autograd can record its functions (only asked of operators without an
+``autograd.Function``).
 """
 
 import functools
@@ -75,8 +77,23 @@ def _unavailable(op: str, backend: str, device_type: str) -> str | None:
     return _device_reason(backend, device_type)
 
 
+def _module_reason(module: ModuleType, dtype: torch.dtype, differentiable: bool) -> str | None:
+    dtypes = getattr(module, "DTYPES", None)
+    if dtypes is not None and dtype not in dtypes:
+        names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        return f"it takes {names}, not {str(dtype).removeprefix('torch.')}"
+    if differentiable and not getattr(module, "DIFFERENTIABLE", False):
+        return (
+            "an input requires grad and it computes no gradient; detach the inputs, use "
+            "torch.no_grad(), or another backend"
+        )
+    return None
+
+
 @functools.cache
-def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> ModuleType:
+def _resolve(
+    op: str, requested: str, device_type: str, dtype: torch.dtype, differentiable: bool
+) -> ModuleType:
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(
             f"backend: got {requested!r}; expected 'auto' or one of {', '.join(BACKENDS)} "
@@ -89,20 +106,28 @@ def _resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> M
         reason = _unavailable(op, backend, device_type)
         if reason is None:
             module = importlib.import_module(_module_name(op, backend))
-            dtypes = getattr(module, "DTYPES", None)
-            if dtypes is None or dtype in dtypes:
+            reason = _module_reason(module, dtype, differentiable)
+            if reason is None:
                 return module
-            names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            reason = f"it takes {names}, not {str(dtype).removeprefix('torch.')}"
         reasons.append(f"backend {backend!r} cannot run {op} here: {reason}")
     raise BackendUnavailable("; ".join(reasons))
 
 
-def resolve(op: str, requested: str, device_type: str, dtype: torch.dtype) -> ModuleType:
-    """The module that runs `op` on such tensors. Pure apart from reading MDK_BACKEND."""
+def resolve(
+    op: str,
+    requested: str,
+    device_type: str,
+    dtype: torch.dtype,
+    *,
+    differentiable: bool = False,
+) -> ModuleType:
+    """The module that runs `op` on such tensors. Pure apart from reading MDK_BACKEND.
+
+    `differentiable` asks for one whose functions autograd can record.
+    """
     if requested == "auto":
         requested = os.environ.get("MDK_BACKEND") or "auto"
-    return _resolve(op, requested, device_type, dtype)
+    return _resolve(op, requested, device_type, dtype, differentiable)
 
 
 _library = torch.library.Library("mdk", "DEF")

@@ -1,0 +1,27 @@
+// Top-k, top-p and min-p as one cutoff: each of them keeps a prefix of the tokens sorted by (score
+// descending, id ascending), so their chain is the last token that is kept. Only the tokens around
+// the cutoff are ever sorted.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+namespace mdk {
+
+struct MixFilter {
+  int64_t top_k;  // 0: off
+  double top_p;   // 1: off
+  double min_p;   // 0: off
+};
+
+// Kept: score > cutoff, or score == cutoff and id <= last_tie.
+struct MixCutoff {
+  float score;
+  int64_t last_tie;
+};
+
+// scores[0, width) with the maxima of its groups of kMixGroup; a token's probability is
+// proportional to exp((score - max) * scale). `ids` is scratch.
+MixCutoff mix_cutoff(const MixFilter& filter, const float* scores, const float* group_maxima,
+                     int64_t width, float max, float scale, std::vector<int32_t>& ids);
+
+}  // namespace mdk

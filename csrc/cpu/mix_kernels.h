@@ -1,0 +1,63 @@
+// The part of the kernel table behind logit_mix, mix_argmax and mix_sample; included by kernels.h
+// and bound by its rules. Weights, temperatures and threads live in mix_driver.cpp: here a row of
+// the mixture is a list of terms, and every function works on a range of one row.
+//
+// Whatever depends on the order of a summation is stored per block of kMixBlock elements, so that
+// a result has the same bits however a row is split over threads.
+#pragma once
+#include <stdint.h>
+
+constexpr int kMixTerms = 16;        // models in one mixture
+constexpr int64_t kMixBlock = 2048;  // elements per partial sum
+constexpr int64_t kMixPart = 512;    // elements per set of lane maxima (mix_argmax)
+constexpr int64_t kMixGroup = 64;    // elements per maximum (mix_sample)
+
+// Sum over one block of exp((x - reference) * scale).
+struct MdkMixBlock {
+  float reference, sum;
+};
+
+// One model's share of one row: log w + log_softmax(x * scale) = (x - max) * scale + offset.
+struct MdkMixTerm {
+  const void* row;
+  int64_t width;
+  int dtype;
+  float scale, max, offset;
+};
+
+// argmin over the kept tokens of E_j / exp((score_j - max) * scale), E_j from Philox.
+// Kept: score > cutoff, or score == cutoff and id <= last_tie.
+struct MdkRace {
+  const float* scores;
+  float max, scale;
+  float cutoff;
+  int64_t last_tie;
+  uint64_t seed, offset;
+  double key;  // out, with `token`: the best so far; start with infinity and -1
+  int64_t token;
+};
+
+struct MdkMixKernels {
+  // Partial sums of blocks [block_begin, block_end) of a row. With `maxima`, also the lane maxima
+  // of its parts: W floats per part, from part 0 of the row on.
+  void (*sums)(const void* row, int dtype, int64_t width, float scale, int64_t block_begin,
+               int64_t block_end, MdkMixBlock* blocks, float* maxima);
+  // out[i - begin] = log sum_k exp(term_k[i]) + shift for i in [begin, end); -inf where no term
+  // reaches.
+  void (*write)(const MdkMixTerm* terms, int count, int64_t begin, int64_t end, float shift,
+                float* out, int streaming);
+  // The best id among parts [part_begin, part_end) and its score, which is comparable within the
+  // row. maxima[k] belongs to term k.
+  void (*best)(const MdkMixTerm* terms, const float* const* maxima, int count, int64_t part_begin,
+               int64_t part_end, float* score, int64_t* id);
+  // Maxima of the groups of scores[0, n): how mix_sample narrows a search without sorting.
+  void (*group_max)(const float* scores, int64_t n, float* maxima);
+  // ids of scores >= bound, in order, at most `capacity`; the count may be larger.
+  int64_t (*collect)(const float* scores, int64_t n, float bound, int32_t* ids, int64_t capacity);
+  // mass[i], tokens[i]: sum of exp((score - max) * scale), and number, over scores >= bounds[i].
+  void (*mass_above)(const float* scores, int64_t n, float max, float scale, const float* bounds,
+                     int count, double* mass, int64_t* tokens);
+  // begin is a multiple of kMixGroup.
+  void (*race)(MdkRace* race, int64_t begin, int64_t end);
+  int lanes;  // W
+};

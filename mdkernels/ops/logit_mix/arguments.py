@@ -1,0 +1,173 @@
+"""What logit_mix, mix_argmax and mix_sample have in common: their first arguments, checked and in
+the one form that their backends take."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+
+WEIGHT_SLACK = 1e-6  # rounding of weights that were meant to add up to 1
+
+# The schema of that form. `weights`: one number per model, base first, adding up to 1.
+# `row_weights`: (N, memories) instead, the base gets the rest of each row.
+SCHEMA = (
+    "Tensor base_logits, Tensor[] memory_logits, Tensor? row_weights, float[] weights, "
+    "float memory_temperature"
+)
+
+
+def canonical(base_logits, memory_logits, mix_weight, memory_temperature) -> tuple:
+    """The arguments of `SCHEMA`. Raises ValueError or TypeError naming the argument at fault."""
+    checks.logits_matrix("base_logits", base_logits)
+    if isinstance(memory_logits, Tensor):
+        memories, names = [memory_logits], ("memory_logits",)
+    elif isinstance(memory_logits, (list, tuple)) and memory_logits:
+        memories = list(memory_logits)
+        names = [f"memory_logits[{k}]" for k in range(len(memories))]
+    else:
+        raise TypeError(
+            "memory_logits: expected a tensor or a non-empty list of tensors, got "
+            f"{type(memory_logits).__name__}"
+            + (" without elements" if isinstance(memory_logits, (list, tuple)) else "")
+        )
+    rows, wide = base_logits.shape[0], base_logits.dtype == torch.float64
+    for name, memory in zip(names, memories, strict=True):
+        checks.logits_matrix(name, memory)
+        if memory.shape[0] != rows:
+            raise ValueError(f"{name}: {memory.shape[0]} rows, base_logits has {rows}")
+        if memory.device != base_logits.device:
+            raise ValueError(
+                f"{name}: on {memory.device}, base_logits on {base_logits.device}; use .to()"
+            )
+        wide = wide or memory.dtype == torch.float64
+    memory_temperature = float(memory_temperature)
+    if not 0.0 < memory_temperature < math.inf:
+        raise ValueError(
+            f"memory_temperature: expected a finite number above 0, got {memory_temperature}"
+        )
+    row_weights, weights = _weights(mix_weight, len(memories), rows, base_logits.device)
+    if row_weights is not None:
+        row_weights = row_weights.to(torch.float64 if wide else torch.float32)
+    if wide:  # the dtype that decides over the backend
+        base_logits = base_logits.double()
+    return base_logits, memories, row_weights, weights, memory_temperature
+
+
+def differentiable_backend(op: str, arguments: tuple, backend: str):
+    """The backend module to call directly when a gradient is wanted, else None."""
+    if not torch.is_grad_enabled():
+        return None
+    base, memories, row_weights = arguments[:3]
+    if not (
+        base.requires_grad
+        or any(memory.requires_grad for memory in memories)
+        or (row_weights is not None and row_weights.requires_grad)
+    ):
+        return None
+    return dispatch.resolve(op, backend, base.device.type, base.dtype, differentiable=True)
+
+
+def mixture_width(base_logits: Tensor, memory_logits: list[Tensor]) -> int:
+    return max(base_logits.shape[1], *(memory.shape[1] for memory in memory_logits))
+
+
+def raise_row_fault(fault, row_weights: Tensor | None) -> None:
+    """Turn a native fault (what, row, value), or None, into a ValueError."""
+    if fault is None:
+        return
+    what, row, memory = fault
+    if what == "mix_weight":
+        raise ValueError(
+            f"mix_weight: row {row} has {float(row_weights[row, memory])} for memory {memory}, "
+            "expected a number in [0, 1]"
+        )
+    if what == "mix_weight_sum":
+        raise ValueError(
+            f"mix_weight: the weights of row {row} add up to {float(row_weights[row].sum())}; the "
+            "memories together can have at most 1, the base gets the rest"
+        )
+    raise ValueError(
+        f"base_logits, memory_logits: row {row} holds NaN, +inf or nothing but -inf, so there is "
+        "no distribution to draw from"
+    )
+
+
+def find_weight_fault(row_weights: Tensor | None):
+    """What the native kernels check, for the reference backend on CPU tensors."""
+    if row_weights is None or row_weights.device.type != "cpu":
+        return None
+    bad = ~((row_weights >= 0) & (row_weights <= 1))
+    if bool(bad.any()):
+        return ("mix_weight", *bad.nonzero()[0].tolist())
+    bad = row_weights.double().sum(1) > 1 + WEIGHT_SLACK
+    if bool(bad.any()):
+        return "mix_weight_sum", int(bad.nonzero()[0, 0]), 0
+    return None
+
+
+def _weights(mix_weight, memories: int, rows: int, device) -> tuple[Tensor | None, list[float]]:
+    if isinstance(mix_weight, (float, int)):
+        if memories > 1:
+            raise ValueError(
+                f"mix_weight: got one number for {memories} memories; pass a list with the weight "
+                "of each"
+            )
+        return None, _with_base([mix_weight])
+    if isinstance(mix_weight, Tensor):
+        return _weight_tensor(mix_weight, memories, rows, device), []
+    if isinstance(mix_weight, Sequence) and not isinstance(mix_weight, str):
+        if len(mix_weight) != memories:
+            raise ValueError(
+                f"mix_weight: {len(mix_weight)} weights for {memories} memories; the base's weight "
+                "is what they leave of 1 and is not listed"
+            )
+        if not any(isinstance(weight, Tensor) for weight in mix_weight):
+            return None, _with_base(mix_weight)
+        columns = [
+            _weight_tensor(weight, 1, rows, device, f"mix_weight[{k}]")[:, 0]
+            if isinstance(weight, Tensor)
+            else torch.full((rows,), checks.probability(f"mix_weight[{k}]", weight), device=device)
+            for k, weight in enumerate(mix_weight)
+        ]
+        return torch.stack(columns, 1), []
+    raise TypeError(
+        "mix_weight: expected a number, a tensor, or a list with one of them per memory, got "
+        f"{type(mix_weight).__name__}"
+    )
+
+
+def _with_base(weights) -> list[float]:
+    weights = [checks.probability("mix_weight", weight) for weight in weights]
+    total = math.fsum(weights)
+    if total > 1 + WEIGHT_SLACK:
+        raise ValueError(
+            f"mix_weight: the weights {weights} add up to {total}; the memories together can have "
+            "at most 1, the base gets the rest"
+        )
+    return [max(0.0, 1.0 - total), *weights]
+
+
+def _weight_tensor(weight: Tensor, memories: int, rows: int, device, name="mix_weight") -> Tensor:
+    checks.plain_tensor(name, weight)
+    if not weight.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating point dtype, got {weight.dtype}")
+    if weight.ndim == 0:
+        weight = weight.to(device)  # as torch does with a scalar beside tensors
+    if weight.device != device:
+        raise ValueError(f"{name}: on {weight.device}, the logits on {device}; use .to()")
+    shape = tuple(weight.shape)
+    if memories == 1 and shape in ((), (1,)):
+        return weight.reshape(1, 1).expand(rows, 1)
+    if memories == 1 and shape == (rows,):
+        return weight[:, None]
+    if memories > 1 and shape == (memories,):
+        return weight.expand(rows, memories)
+    if shape == (rows, memories):
+        return weight
+    expected = f"({rows},), one per row" if memories == 1 else f"({memories},), one per memory"
+    raise ValueError(
+        f"{name}: expected shape {expected}, or {(rows, memories)}, rows by memories, got {shape}"
+    )

@@ -1,0 +1,119 @@
+"""Draws tokens from the mixture of a base model with memory models. Derivation: README.md."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+from ..logit_mix.arguments import SCHEMA, canonical
+from ..mix_argmax import mix_argmax
+from .philox import row_seeds
+
+
+class MixSampleOutput(NamedTuple):
+    """Tokens and their unfiltered log-probabilities in nats."""
+
+    tokens: Tensor  # (N,) int64
+    logprobs: Tensor  # (N,) under the mixture
+    base_logprobs: Tensor  # (N,) under the base; -inf for an id that it does not have
+    memory_logprobs: Tensor  # (N,) under the memory; (N, memories) if memory_logits was a list
+
+
+def _fake_logprobs(base_logits, memory_logits, *args):
+    wide = torch.float64 if base_logits.dtype == torch.float64 else torch.float32
+    return base_logits.new_empty((base_logits.shape[0], 2 + len(memory_logits)), dtype=wide)
+
+
+_forward = dispatch.define(
+    "mix_sample",
+    "forward",
+    f"({SCHEMA}, float temperature, int top_k, float top_p, float min_p, Tensor seeds, "
+    "Tensor offsets, str backend) -> Tensor",
+    lambda base_logits, *args: base_logits.new_empty(base_logits.shape[0], dtype=torch.int64),
+)
+_logprobs = dispatch.define(
+    "mix_sample", "logprobs", f"({SCHEMA}, Tensor tokens, str backend) -> Tensor", _fake_logprobs
+)
+
+
+def mix_sample(
+    base_logits: Tensor,
+    memory_logits: Tensor | Sequence[Tensor],
+    mix_weight: float | Tensor | Sequence[float | Tensor],
+    *,
+    seeds: int | Tensor,
+    offsets: int | Tensor | None = None,
+    memory_temperature: float = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    return_logprobs: bool = False,
+    backend: str = "auto",
+) -> Tensor | MixSampleOutput:
+    """One token per row, drawn from the mixture that `logit_mix` describes.
+
+    In distribution equivalent to applying, in the order of Hugging Face, temperature, top-k, top-p
+    and min-p to ``logit_mix(...)`` and calling ``torch.multinomial`` on its softmax. The draw
+    itself is a function of (logits, seed, offset) of its row and of nothing else: the same request
+    gives the same token in any batch, at any slot, with any number of threads, on any backend
+    (up to rounding of the logits' arithmetic).
+
+    Args:
+        base_logits, memory_logits, mix_weight, memory_temperature: as `logit_mix`.
+        seeds: (N,) int64, the random stream of each row. An int is a shorthand for rows that are
+            not requests of their own: row i gets the i-th seed derived from it.
+        offsets: (N,) int64 or int, the position within the stream: count one up per token drawn,
+            or draws repeat. None is 0.
+        temperature: divides the log-probabilities of the mixture; 0 is greedy, `mix_argmax`.
+        top_k: keep the k best and what ties with the k-th; 0 keeps all.
+        top_p: keep the smallest set of best tokens whose probability reaches it; 1 keeps all. The
+            best token always stays, and equal tokens are ranked by id.
+        min_p: keep tokens of at least this share of the best one's probability; 0 keeps all.
+        return_logprobs: also return log-probabilities, before temperature and filters.
+        backend: see `mdkernels.backends`.
+
+    Returns:
+        (N,) int64 tokens, or MixSampleOutput. Not differentiable.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or value outside the above; on the CPU, a row
+            that `logit_mix` makes NaN (elsewhere its token is -1).
+        BackendUnavailable: the named backend cannot run here.
+    """
+    arguments = canonical(base_logits, memory_logits, mix_weight, memory_temperature)
+    base = arguments[0]
+    temperature = float(temperature)
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
+        raise ValueError(f"top_k: expected an int of at least 0 (0: no limit), got {top_k!r}")
+    top_p, min_p = checks.probability("top_p", top_p), checks.probability("min_p", min_p)
+    if isinstance(seeds, int):
+        seeds = row_seeds(seeds, base.shape[0], base.device)
+    else:
+        checks.integer_vector("seeds", seeds, base.shape[0], base.device, of="base_logits")
+    if offsets is None or isinstance(offsets, int):
+        offsets = torch.full_like(seeds, offsets or 0)
+    else:
+        checks.integer_vector("offsets", offsets, base.shape[0], base.device, of="base_logits")
+    with torch.no_grad():
+        if temperature == 0.0:
+            tokens = mix_argmax(
+                base_logits,
+                memory_logits,
+                mix_weight,
+                memory_temperature=memory_temperature,
+                backend=backend,
+            )
+        else:
+            filters = (temperature, top_k, top_p, min_p)
+            tokens = _forward(*arguments, *filters, seeds, offsets, backend)
+        if not return_logprobs:
+            return tokens
+        table = _logprobs(*arguments, tokens, backend)
+    memory = table[:, 2] if isinstance(memory_logits, Tensor) else table[:, 2:]
+    return MixSampleOutput(tokens, table[:, 0], table[:, 1], memory)

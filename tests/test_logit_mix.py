@@ -1,0 +1,366 @@
+"""logit_mix against a float64 mixture in probability space, on every backend."""
+
+import math
+
+import mix_fixtures
+import numpy as np
+import pytest
+import torch
+from mix_fixtures import (
+    DTYPES,
+    WIDTHS,
+    log,
+    logits,
+    mixture,
+    needs_cpu,
+    pair,
+    same_after_fork,
+    softmax,
+    threads,
+    worst,
+)
+
+from mdkernels import BackendUnavailable, logit_mix
+
+backend = mix_fixtures.backend
+poisoned_memory = mix_fixtures.poisoned_memory
+
+
+def eager(base, memory, weight, temperature=1.0):
+    """Plain torch in fp32: the error a user has without this package."""
+    base = base.float().log_softmax(1)
+    memory = (memory.float() / temperature).log_softmax(1)
+    return torch.logaddexp(base + math.log1p(-weight), memory + math.log(weight))
+
+
+def check(base, memory, weight, temperature, backend, margin=1.0):
+    want = log(mixture(base, memory, weight, temperature))
+    got = logit_mix(base, memory, weight, memory_temperature=temperature, backend=backend)
+    assert got.dtype == torch.float32
+    assert got.shape == want.shape
+    # No worse than plain torch, but for a rounding of the result itself on tiny inputs.
+    limit = worst(eager(base, memory, weight, temperature), want)
+    largest = float(want[want.isfinite()].abs().max())
+    assert worst(got, want) <= margin * limit + 2.0**-23 * max(largest, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_matches_float64(backend, dtype, width):
+    for rows in (1, 2, 9):
+        base, memory = pair(rows, width, dtype, seed=rows)
+        check(base, memory, 0.3, 1.3, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.usefixtures("poisoned_memory")
+def test_real_width_on_both_thread_layouts(backend, dtype):
+    with threads(2):
+        for rows in (1, 9):  # one row is split over threads, nine are not
+            base, memory = pair(rows, 50257, dtype)
+            check(base, memory, 0.55, 0.8, backend)
+
+
+@pytest.mark.parametrize("memory_dtype", DTYPES)
+@pytest.mark.parametrize("base_dtype", DTYPES)
+def test_dtypes_may_differ(backend, base_dtype, memory_dtype):
+    base, memory = logits(3, 777, base_dtype, 1), logits(3, 777, memory_dtype, 2)
+    check(base, memory, 0.25, 1.0, backend)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda z: z + 1e4,
+        lambda z: z - 1e4,
+        lambda z: z * 8,
+        lambda z: z * 0,
+        lambda z: z.masked_fill(
+            torch.rand(z.shape, generator=torch.manual_seed(3)) < 0.4, -torch.inf
+        ),
+        lambda z: z.masked_fill(torch.arange(z.shape[1]) < 700, -torch.inf),
+        lambda z: z.masked_fill(torch.arange(z.shape[1]) != 2500, -torch.inf),
+        lambda z: z + 60.0 * (torch.arange(z.shape[1]) == 2500),
+        lambda z: z + torch.linspace(-300, 300, z.shape[1]),
+        lambda z: z + torch.linspace(300, -300, z.shape[1]),
+    ],
+    ids=[
+        "up",
+        "down",
+        "peaked",
+        "flat",
+        "masked",
+        "head_masked",
+        "single",
+        "spike",
+        "rising",
+        "falling",
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hard_rows(backend, dtype, spoil):
+    base, memory = pair(3, 5003)
+    base, other = spoil(base).to(dtype), memory.to(dtype)
+    check(base, other, 0.4, 1.2, backend)
+    check(other, base, 0.4, 1.2, backend)
+    check(base, base.flip(0), 0.4, 1.2, backend)
+
+
+def test_common_mask_stays_minus_infinity(backend):
+    base, memory = pair(2, 600)
+    base[:, 10:50] = memory[:, 30:80] = -math.inf
+    got = logit_mix(base, memory, 0.5, backend=backend)
+    assert (got[:, 30:50] == -math.inf).all()
+    assert got[:, :30].isfinite().all()
+    assert got[:, 50:].isfinite().all()
+
+
+def test_bad_rows_are_nan_and_only_those(backend):
+    base, memory = pair(6, 3000)
+    base[1, 2999] = math.nan
+    memory[2, 0] = math.nan
+    base[3, 7] = math.inf
+    memory[4] = -math.inf
+    got = logit_mix(base, memory, 0.5, backend=backend)
+    assert got.isnan().any(1).tolist() == [False, True, True, True, True, False]
+    assert got.isnan().all(1).tolist() == [False, True, True, True, True, False]
+
+
+def test_weights_zero_and_one_drop_a_model(backend):
+    base, memory = pair(2, 3001)
+    nothing = torch.full_like(base, math.nan)
+    only_base = logit_mix(base, nothing, 0.0, memory_temperature=1.3, backend=backend)
+    only_memory = logit_mix(nothing, memory, 1.0, memory_temperature=1.3, backend=backend)
+    assert worst(only_base, log(softmax(base))) <= 3e-6
+    assert worst(only_memory, log(softmax(memory, 1.3))) <= 3e-6
+    rows = logit_mix(base, memory, torch.tensor([0.0, 1.0]), backend=backend)
+    assert torch.equal(rows[0], only_base[0])
+    assert worst(rows[1], log(softmax(memory))[1]) <= 3e-6
+
+
+def test_row_weights_of_zero_and_one_ignore_nan(backend):
+    base, memory = pair(3, 900)
+    base[1] = memory[0] = math.nan
+    got = logit_mix(base, memory, torch.tensor([0.0, 1.0, 0.5]), backend=backend)
+    assert got.isfinite().all()
+
+
+def test_weights_per_row(backend):
+    base, memory = pair(5, 1234, torch.bfloat16)
+    weights = torch.tensor([0.1, 0.9, 1e-6, 0.5, 0.999])
+    want = log(mixture(base, memory, weights[:, None].numpy()))
+    for form in (weights, weights.double(), weights[:, None], [weights], weights.expand(2, 5)[1]):
+        assert worst(logit_mix(base, memory, form, backend=backend), want) <= 5e-6
+    half = logit_mix(base, memory, 0.5, backend=backend)
+    for form in (torch.tensor(0.5), torch.tensor([0.5]), [0.5], torch.full((5,), 0.5)):
+        assert torch.equal(logit_mix(base, memory, form, backend=backend), half)
+
+
+def test_several_memories(backend):
+    base, first = pair(4, 2500, seed=1)
+    others = [first, logits(4, 2500, torch.bfloat16, 5), logits(4, 2500, torch.float16, 6)]
+    weights = torch.tensor([0.2, 0.3, 0.4])
+    want = log(mixture(base, others, weights.numpy(), 1.1))
+    rows = weights.expand(4, 3).contiguous()
+    for form in (weights.tolist(), weights, rows, list(weights), [0.2, rows[:, 1], weights[2]]):
+        got = logit_mix(base, others, form, memory_temperature=1.1, backend=backend)
+        assert worst(got, want) <= 5e-6
+    per_row = [[0.2, 0.3, 0.4], [0.0, 1.0, 0.0], [0.7, 0.2, 0.1], [0.0, 0.0, 0.0]]
+    got = logit_mix(base, others, torch.tensor(per_row), backend=backend)
+    assert worst(got, log(mixture(base, others, per_row))) <= 5e-6
+
+
+def test_weights_that_add_up_to_one_leave_the_base_nothing(backend):
+    base = torch.full((2, 40), math.nan)
+    memories = [logits(2, 40, seed=s) for s in range(3)]
+    for weights in ([0.7, 0.2, 0.1], torch.tensor([0.7, 0.2, 0.1])):
+        assert logit_mix(base, memories, weights, backend=backend).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("width", "memory_width"), [(1000, 1037), (1037, 1000), (2048, 5000), (3, 1)]
+)
+def test_widths_may_differ(backend, width, memory_width):
+    base, memory = pair(3, width, memory_width=memory_width)
+    got = logit_mix(base, memory, 0.3, backend=backend)
+    assert worst(got, log(mixture(base, memory, 0.3))) <= 5e-6
+    assert got.double().exp().sum(1).numpy() == pytest.approx(np.ones(3), abs=1e-5)
+    low, high = sorted((width, memory_width))
+    dropped = logit_mix(base, memory, float(width > memory_width), backend=backend)
+    assert (dropped[:, low:] == -math.inf).all()  # the wider model is out
+    assert dropped.shape == (3, high)
+    if memory_width > width:  # the documented way to forbid ids that the base does not have
+        cut = logit_mix(base, memory[:, :width], 0.3, backend=backend)
+        assert worst(cut, log(mixture(base, memory[:, :width], 0.3))) <= 5e-6
+
+
+def test_memories_of_three_widths(backend):
+    base, memories = logits(2, 700), [logits(2, 1500, seed=1), logits(2, 300, torch.bfloat16, 2)]
+    got = logit_mix(base, memories, [0.2, 0.3], backend=backend)
+    assert worst(got, log(mixture(base, memories, [0.2, 0.3]))) <= 5e-6
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+def test_base_scale(backend, weight):
+    base, memory = pair(3, 2100)
+    base += torch.tensor([[0.0], [50.0], [-300.0]])
+    got = logit_mix(base, memory, weight, scale="base", backend=backend)
+    lse = base.double().logsumexp(1)[:, None]
+    want = log(mixture(base, memory, weight)) + lse
+    assert worst(got, want) <= 5e-5  # an ulp of 300
+    if weight == 0.0:
+        assert worst(got, base.double()) <= 5e-5
+
+
+def test_strided_rows(backend):
+    base, memory = pair(6, 1100)
+    want = logit_mix(base[::2, 5:999], memory[::2, 7:1001], 0.3, backend="reference")
+    got = logit_mix(base[::2, 5:999], memory[::2, 7:1001], 0.3, backend=backend)
+    assert worst(got, want.double()) <= 5e-6
+    same = logit_mix(base[:1].expand(4, -1), memory[:1].expand(4, -1), 0.3, backend=backend)
+    assert torch.equal(same[0], same[3])
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_streaming_stores_at_every_alignment(backend):
+    """From 4 MB on the output bypasses the caches, which needs aligned addresses."""
+    for width in (8197, 8192):
+        base, memory = pair(131, width, torch.bfloat16)
+        got = logit_mix(base, memory, 0.3, backend=backend)
+        assert worst(got, log(mixture(base, memory, 0.3))) <= 5e-6
+
+
+def test_no_rows(backend):
+    for weight in (0.5, torch.zeros(0)):
+        got = logit_mix(torch.zeros(0, 9), torch.zeros(0, 7), weight, backend=backend)
+        assert got.shape == (0, 9)
+
+
+@needs_cpu
+def test_result_depends_on_neither_batch_nor_threads():
+    base, memory = pair(9, 50257)
+    with threads(1):
+        want = logit_mix(base, memory, 0.3, backend="cpu")
+    with threads(2):
+        assert torch.equal(logit_mix(base, memory, 0.3, backend="cpu"), want)
+        for row in (0, 8):
+            alone = logit_mix(base[row : row + 1], memory[row : row + 1], 0.3, backend="cpu")
+            assert torch.equal(alone[0], want[row])
+
+
+@needs_cpu
+def test_after_fork():
+    base, memory = pair(1, 50257)
+    with threads(2):
+        assert same_after_fork(lambda: logit_mix(base, memory, 0.3, backend="cpu"))
+
+
+def test_float64_runs_on_the_reference():
+    base, memory = pair(2, 300)
+    want = log(mixture(base, memory, 0.3))
+    for inputs in ((base.double(), memory), (base, memory.double())):
+        got = logit_mix(*inputs, 0.3)
+        assert got.dtype == torch.float64
+        assert worst(got, want) <= 1e-12
+    with pytest.raises(BackendUnavailable, match="float64"):
+        logit_mix(base.double(), memory, 0.3, backend="cpu")
+
+
+def test_gradient():
+    base, memory = (x.double().requires_grad_() for x in pair(2, 9))
+    weight = torch.tensor([0.3, 0.6], dtype=torch.float64, requires_grad=True)
+
+    def run(b, m, w):
+        return logit_mix(b, m, w, memory_temperature=1.3, scale="base")
+
+    assert torch.autograd.gradcheck(run, (base, memory, weight))
+    single = memory.detach().float().requires_grad_()
+    assert logit_mix(base.detach().float(), single, 0.3).requires_grad
+
+
+def test_gradient_with_masked_and_dropped_entries():
+    base, memory = pair(2, 9)
+    base[:, 3] = memory[:, 3:5] = -math.inf
+    base.requires_grad_()
+    for weight in (0.3, 0.0, torch.tensor([0.0, 0.4])):
+        out = logit_mix(base, memory, weight)
+        (grad,) = torch.autograd.grad(out[:, 0].sum(), base)
+        assert grad.isfinite().all()
+
+
+@needs_cpu
+def test_cpu_refuses_a_gradient():
+    base, memory = pair(2, 9)
+    base.requires_grad_()
+    with pytest.raises(BackendUnavailable, match="requires grad"):
+        logit_mix(base, memory, 0.3, backend="cpu")
+    with torch.no_grad():
+        logit_mix(base, memory, 0.3, backend="cpu")
+
+
+def test_opcheck(backend):
+    base, memory = pair(2, 33)
+    for row_weights, weights in ((None, [0.7, 0.3]), (torch.full((2, 1), 0.3), [])):
+        arguments = (base, [memory], row_weights, weights, 1.1, True, backend)
+        torch.library.opcheck(torch.ops.mdk.logit_mix_forward.default, arguments)
+
+
+def test_compiles_in_one_graph(backend):
+    base, memory = pair(2, 33)
+
+    def step(b, m, w):
+        return logit_mix(b, m, w, memory_temperature=1.1, backend=backend) * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for weight in (0.3, torch.tensor([0.2, 0.4])):
+        assert torch.equal(compiled(base, memory, weight), step(base, memory, weight))
+
+
+BASE, MEMORY = torch.zeros(3, 8), torch.zeros(3, 8)
+TWO = [MEMORY, MEMORY]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "match"),
+    [
+        ((BASE[0], MEMORY, 0.5), {}, ValueError, r"base_logits: expected shape \(rows, vocab\)"),
+        ((BASE.long(), MEMORY, 0.5), {}, TypeError, "base_logits: expected a floating point"),
+        ((BASE, MEMORY.t(), 0.5), {}, ValueError, "memory_logits: rows must be contiguous"),
+        ((BASE, MEMORY[:2], 0.5), {}, ValueError, "memory_logits: 2 rows, base_logits has 3"),
+        ((BASE, [MEMORY, MEMORY[:2]], [0.1, 0.1]), {}, ValueError, r"memory_logits\[1\]: 2 rows"),
+        ((BASE, [], []), {}, TypeError, "memory_logits: expected a tensor or a non-empty list"),
+        ((BASE, 3.0, 0.5), {}, TypeError, "memory_logits: expected a tensor"),
+        (
+            (BASE, MEMORY, 1.5),
+            {},
+            ValueError,
+            r"mix_weight: expected a number in \[0, 1\], got 1.5",
+        ),
+        ((BASE, MEMORY, math.nan), {}, ValueError, "mix_weight: expected a number"),
+        ((BASE, MEMORY, "0.5"), {}, TypeError, "mix_weight: expected a number, a tensor"),
+        ((BASE, TWO, 0.5), {}, ValueError, "one number for 2 memories"),
+        ((BASE, TWO, [0.5]), {}, ValueError, "1 weights for 2 memories"),
+        ((BASE, TWO, [0.6, 0.6]), {}, ValueError, "add up to 1.2"),
+        ((BASE, TWO, torch.full((3,), 0.1)), {}, ValueError, r"expected shape \(2,\)"),
+        ((BASE, TWO, torch.full((3, 2), 0.6)), {}, ValueError, "weights of row 0 add up to 1.2"),
+        ((BASE, MEMORY, torch.full((2,), 0.5)), {}, ValueError, r"expected shape \(3,\)"),
+        (
+            (BASE, MEMORY, torch.ones(3, dtype=torch.int64)),
+            {},
+            TypeError,
+            "mix_weight: expected a fl",
+        ),
+        ((BASE, MEMORY, torch.tensor([0, -0.1, 0])), {}, ValueError, "mix_weight: row 1 has -0.1"),
+        ((BASE, MEMORY, torch.tensor([0, 0, math.nan])), {}, ValueError, "row 2 has nan"),
+        ((BASE, MEMORY, 0.5), {"memory_temperature": 0.0}, ValueError, "memory_temperature"),
+        ((BASE, MEMORY, 0.5), {"memory_temperature": math.inf}, ValueError, "memory_temperature"),
+        ((BASE, MEMORY, 0.5), {"scale": "logits"}, ValueError, "scale: expected one of"),
+        ((BASE, MEMORY, 0.5), {"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
+        ((BASE, MEMORY, 0.5), {"backend": "cuda"}, BackendUnavailable, "cuda"),
+    ],
+)
+@pytest.mark.parametrize("where", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_errors(arguments, options, error, match, where):
+    with pytest.raises(error, match=match):
+        logit_mix(*arguments, **{"backend": where, **options})

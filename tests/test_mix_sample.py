@@ -1,0 +1,281 @@
+"""mix_sample against the float64 race of mix_sample_oracle.py: the token itself, row by row."""
+
+import math
+
+import mix_fixtures
+import numpy as np
+import pytest
+import torch
+from mix_fixtures import (
+    DTYPES,
+    WIDTHS,
+    generator,
+    log,
+    logits,
+    mixture,
+    needs_cpu,
+    pair,
+    same_after_fork,
+    softmax,
+    threads,
+    worst,
+)
+from mix_sample_oracle import draw
+
+from mdkernels import BackendUnavailable, MixSampleOutput, mix_argmax, mix_sample
+
+backend = mix_fixtures.backend
+FILTERS = {
+    "plain": {},
+    "hot": {"temperature": 2.5},
+    "cold": {"temperature": 0.3},
+    "top_k": {"top_k": 5},
+    "top_p": {"top_p": 0.8},
+    "min_p": {"min_p": 0.05},
+    "top_p_hot": {"top_p": 0.98, "temperature": 3.0},
+    "all": {"temperature": 1.4, "top_k": 40, "top_p": 0.9, "min_p": 0.02},
+}
+
+
+def check(base, memory, weight, backend, memory_temperature=1.0, seed=0, **filters):
+    """The tokens are the oracle's wherever its float64 decisions are not within fp32 rounding."""
+    seeds = torch.randint(-(2**62), 2**62, (len(base),), generator=generator(seed))
+    offsets = torch.randint(0, 2**40, (len(base),), generator=generator(seed + 1))
+    p = mixture(base, memory, weight, memory_temperature)
+    want, clear = draw(p, seeds.numpy(), offsets.numpy(), **filters)
+    got = mix_sample(
+        base,
+        memory,
+        weight,
+        memory_temperature=memory_temperature,
+        seeds=seeds,
+        offsets=offsets,
+        backend=backend,
+        **filters,
+    )
+    assert got.dtype == torch.int64
+    assert torch.equal(got[clear], want[clear])
+    return clear.double().mean()
+
+
+@pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+def test_draws_the_token_of_the_specification(backend, filters):
+    base, memory = pair(1500, 157, seed=3)
+    assert check(base, memory, 0.4, backend, 1.2, **filters) > 0.98
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_widths_and_dtypes(backend, dtype, width):
+    base, memory = pair(20, width, dtype)
+    for filters in ({}, FILTERS["all"], {"top_p": 0.5}, {"min_p": 0.01, "temperature": 0.7}):
+        check(base, memory, 0.3, backend, **filters)
+
+
+@pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+def test_real_width(backend, filters):
+    base, memory = pair(3, 50257, torch.bfloat16)
+    with threads(2):
+        check(base, memory, 0.3, backend, **filters)
+        check(base[:1], memory[:1], 0.3, backend, **filters)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.01, 30.0])
+def test_flat_and_peaked_rows(backend, spread):
+    base, memory = logits(12, 6001, seed=1, spread=spread), logits(12, 6001, seed=2, spread=spread)
+    for filters in ({}, {"top_p": 0.9}, {"top_p": 0.3, "temperature": 5.0}, {"top_k": 3000}):
+        check(base, memory, 0.5, backend, **filters)
+
+
+def test_ties_are_ranked_by_id(backend):
+    base = torch.randint(0, 3, (200, 331), generator=generator(0)).float()
+    for filters in ({"top_p": 0.4}, {"top_k": 20}, {"top_k": 200, "top_p": 0.7}):
+        assert check(base, base.clone(), 0.5, backend, **filters) > 0.95
+    flat = torch.zeros(300, 100)
+    drawn = mix_sample(flat, flat, 0.5, seeds=1, top_p=0.0951, backend=backend)
+    assert set(drawn.tolist()) == set(range(10))
+
+
+def test_masks_shifts_row_weights_and_memories(backend):
+    base, memory = pair(60, 900)
+    hidden = torch.rand(base.shape, generator=generator(1)) < 0.6
+    masked = base.masked_fill(hidden, -math.inf)
+    check(masked, memory + 1e4, 0.4, backend, top_p=0.9)
+    check(masked, memory.masked_fill(hidden, -math.inf), 0.4, backend)
+    memories, weights = [memory, logits(60, 1000, torch.bfloat16, 4)], torch.rand(60, 2) / 2
+    seeds = torch.arange(60)
+    got = mix_sample(base, memories, weights, seeds=seeds, top_k=50, backend=backend)
+    p = mixture(base, memories, weights.numpy())
+    want, clear = draw(p, seeds.numpy(), np.zeros(60), top_k=50)
+    assert torch.equal(got[clear], want[clear])
+    check(base[::2, 3:501], memory[::2, :700], 0.3, backend)
+
+
+def test_masked_tokens_are_never_drawn(backend):
+    base, memory = pair(1, 64)
+    hidden = torch.arange(64) % 3 > 0
+    for x in (base, memory):
+        x[:, hidden] = -math.inf
+    many = (base.expand(20000, -1), memory.expand(20000, -1))
+    assert (mix_sample(*many, 0.5, seeds=3, backend=backend) % 3 == 0).all()
+
+
+def test_greedy(backend):
+    base, memory = pair(30, 1001)
+    want = mix_argmax(base, memory, 0.3, backend=backend)
+    for filters in ({"temperature": 0.0}, {"temperature": 1e-6}, {"top_k": 1}, {"top_p": 0.0}):
+        assert torch.equal(mix_sample(base, memory, 0.3, seeds=1, backend=backend, **filters), want)
+    assert torch.equal(mix_sample(base, memory, 0.3, seeds=1, min_p=1.0, backend=backend), want)
+
+
+def test_token_depends_on_its_own_row_only(backend):
+    base, memory = pair(40, 700)
+    seeds, offsets = torch.arange(40) * 7, torch.arange(40)
+    options = {"top_p": 0.95, "backend": backend}
+    want = mix_sample(base, memory, 0.3, seeds=seeds, offsets=offsets, **options)
+    order = torch.randperm(40, generator=generator(0))
+    shuffled = mix_sample(
+        base[order], memory[order], 0.3, seeds=seeds[order], offsets=offsets[order], **options
+    )
+    assert torch.equal(shuffled, want[order])
+    for row in range(5):
+        one = slice(row, row + 1)
+        alone = mix_sample(
+            base[one], memory[one], 0.3, seeds=seeds[one], offsets=offsets[one], **options
+        )
+        assert torch.equal(alone, want[one])
+
+
+@needs_cpu
+@pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+def test_threads_and_batches_agree(filters):
+    base, memory = pair(9, 50257, torch.bfloat16)
+    seeds = torch.arange(9)
+    with threads(1):
+        want = mix_sample(base, memory, 0.3, seeds=seeds, backend="cpu", **filters)
+    with threads(2):
+        assert torch.equal(
+            mix_sample(base, memory, 0.3, seeds=seeds, backend="cpu", **filters), want
+        )
+        for rows in (slice(4, 5), slice(2, 5)):
+            part = mix_sample(
+                base[rows], memory[rows], 0.3, seeds=seeds[rows], backend="cpu", **filters
+            )
+            assert torch.equal(part, want[rows])
+
+
+@needs_cpu
+def test_after_fork():
+    base, memory = pair(1, 50257)
+    with threads(2):
+        assert same_after_fork(
+            lambda: mix_sample(base, memory, 0.3, seeds=1, top_p=0.9, backend="cpu")
+        )
+
+
+def test_logprobs_are_those_before_the_filters(backend):
+    base, memory = pair(6, 900, memory_width=800)
+    seeds = torch.arange(6)
+    options = {"seeds": seeds, "memory_temperature": 1.2, "backend": backend}
+    for filters in ({}, {"temperature": 0.5, "top_k": 9}, {"temperature": 0.0}):
+        plain = mix_sample(base, memory, 0.3, **options, **filters)
+        got = mix_sample(base, memory, 0.3, return_logprobs=True, **options, **filters)
+        assert isinstance(got, MixSampleOutput)
+        assert torch.equal(got.tokens, plain)
+        gold = plain[:, None]
+        want = log(mixture(base, memory, 0.3, 1.2)).gather(1, gold)[:, 0]
+        assert worst(got.logprobs, want) <= 5e-6
+        assert worst(got.base_logprobs, log(softmax(base)).gather(1, gold)[:, 0]) <= 5e-6
+        padded = torch.full((6, 900), -math.inf, dtype=torch.float64)
+        padded[:, :800] = log(softmax(memory, 1.2))
+        assert worst(got.memory_logprobs, padded.gather(1, gold)[:, 0]) <= 5e-6
+
+
+def test_logprobs_of_a_list_and_of_a_dropped_model(backend):
+    base, memories = logits(3, 90), [logits(3, 90, seed=1), logits(3, 80, seed=2)]
+    got = mix_sample(
+        base, memories, [0.4, 0.0], seeds=5, top_k=20, return_logprobs=True, backend=backend
+    )
+    assert got.memory_logprobs.shape == (3, 2)
+    assert got.memory_logprobs[:, 0].isfinite().all()
+    nothing = torch.full((3, 90), math.nan)
+    got = mix_sample(base, nothing, 0.0, seeds=5, return_logprobs=True, backend=backend)
+    assert torch.equal(got.logprobs, got.base_logprobs)
+    assert got.memory_logprobs.isnan().all()
+    wide = torch.full((3, 99), -20.0)
+    wide[:, 95] = 20.0
+    got = mix_sample(base, wide, 0.999, seeds=5, return_logprobs=True, backend=backend)
+    assert got.tokens.tolist() == [95] * 3
+    assert (got.base_logprobs == -math.inf).all()
+
+
+def test_no_rows(backend):
+    nothing = torch.zeros(0, 9)
+    got = mix_sample(nothing, nothing, 0.5, seeds=0, return_logprobs=True, backend=backend)
+    assert [x.shape for x in got] == [(0,)] * 4
+
+
+def test_rows_without_a_distribution(backend):
+    base, memory = pair(5, 3000)
+    base[3, 17] = math.nan
+    memory[4] = -math.inf
+    for rows in (slice(0, 5), slice(3, 4)):
+        first = 3 - rows.start
+        with pytest.raises(ValueError, match=f"row {first} holds NaN"):
+            mix_sample(base[rows], memory[rows], 0.5, seeds=0, backend=backend)
+    with threads(2), pytest.raises(ValueError, match="row 0 holds NaN"):
+        mix_sample(base[4:], memory[4:], 0.5, seeds=0, backend=backend)
+
+
+def test_inputs_that_require_grad(backend):
+    base, memory = pair(2, 40)
+    base.requires_grad_()
+    got = mix_sample(base, memory, 0.3, seeds=1, return_logprobs=True, backend=backend)
+    assert not any(x.requires_grad for x in got)
+
+
+def test_opcheck_and_compile(backend):
+    base, memory = pair(2, 33)
+    seeds, offsets = torch.arange(2), torch.zeros(2, dtype=torch.int64)
+    mix = (base, [memory], None, [0.7, 0.3], 1.0)
+    torch.library.opcheck(
+        torch.ops.mdk.mix_sample_forward.default,
+        (*mix, 0.9, 10, 0.9, 0.01, seeds, offsets, backend),
+    )
+    torch.library.opcheck(torch.ops.mdk.mix_sample_logprobs.default, (*mix, seeds, backend))
+
+    def step(b, m, s):
+        return mix_sample(b, m, 0.3, seeds=s, top_p=0.9, return_logprobs=True, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for s in (seeds, 7):
+        for got, want in zip(compiled(base, memory, s), step(base, memory, s), strict=True):
+            assert torch.equal(got, want)
+
+
+BASE = torch.zeros(3, 8)
+SEEDS = torch.arange(3)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"temperature": -1.0}, ValueError, "temperature: expected a finite number"),
+        ({"temperature": math.nan}, ValueError, "temperature: expected"),
+        ({"top_k": -1}, ValueError, "top_k: expected an int of at least 0"),
+        ({"top_k": 2.0}, ValueError, "top_k: expected an int"),
+        ({"top_p": 1.5}, ValueError, r"top_p: expected a number in \[0, 1\]"),
+        ({"min_p": -0.5}, ValueError, "min_p: expected a number"),
+        ({"seeds": SEEDS.int()}, TypeError, "seeds: expected int64"),
+        ({"seeds": SEEDS[:2]}, ValueError, r"seeds: expected shape \(3,\)"),
+        ({"seeds": 0.5}, TypeError, "seeds: expected a torch.Tensor"),
+        ({"offsets": SEEDS[:2]}, ValueError, r"offsets: expected shape \(3,\)"),
+        ({"mix_weight": torch.tensor([0.0, 2.0, 0.0])}, ValueError, "mix_weight: row 1 has 2"),
+        ({"backend": "cuda"}, BackendUnavailable, "cuda"),
+    ],
+)
+@pytest.mark.parametrize("where", ["reference", pytest.param("cpu", marks=needs_cpu)])
+def test_errors(options, error, match, where):
+    arguments = {"mix_weight": 0.5, "seeds": SEEDS, "backend": where, **options}
+    with pytest.raises(error, match=match):
+        mix_sample(BASE, BASE, **arguments)
