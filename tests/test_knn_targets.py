@@ -354,3 +354,16 @@ def test_gradients_are_not_promised(backend):
     distances, ids, values, _ = case(3, 5)
     got = knn_targets(distances.requires_grad_(), ids, values, temperature=1.0, backend=backend)
     assert not got.probs.requires_grad
+
+
+def test_a_datastore_larger_than_the_caches(backend):
+    """The kernel prefetches the values of the next row once they are this many."""
+    entries = 5 << 20
+    generator = torch.Generator().manual_seed(2)
+    values = (torch.arange(entries) * 7919 % 50257).int()
+    ids = torch.randint(0, entries, (9, 300), generator=generator)
+    ids[:, 5::3] = ids[:, 5::3] % 4 * 50257  # few tokens, so that they repeat
+    ids[4, 7] = -1
+    distances = torch.rand(9, 300, generator=generator) * 40
+    got = knn_targets(distances, ids, values, temperature=3.0, backend=backend)
+    check(got, oracle(distances, ids, values, 3.0))

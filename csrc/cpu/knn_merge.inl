@@ -64,19 +64,21 @@ MDK_INLINE int first_tokens(const int32_t* tokens, int32_t* keys) {
 
 // entries, sums <- the distinct tokens of the n (s->tokens, s->weights) pairs and their weights; an
 // entry may have weight 0. Returns the number of entries; the pairs are used up.
-MDK_INLINE int64_t knn_merge(MdkKnnScratch* s, int64_t n) {
+template <class Id>
+MDK_INLINE int64_t knn_merge(MdkKnnScratch* s, int64_t n, ValueRequests<Id>* requests) {
   int64_t count = 0;
   int patience = kCanTake ? 3 : 0;
   while (n > kFewPairs && patience > 0) {
     int32_t keys[kTaken];
     const int found = first_tokens(s->tokens, keys);
-    const int64_t left = take_tokens(s->tokens, s->weights, n, keys, s->sums + count);
+    const int64_t left = take_tokens(s->tokens, s->weights, n, keys, s->sums + count, requests);
     memcpy(s->entries + count, keys, sizeof keys);
     count += found;
     // A pass over n pairs that takes fewer than this costs more than hashing them.
     patience -= n - left < 16 + n / 32;
     n = left;
   }
+  request_values(requests, requests->end);
   int32_t* entries = s->entries + count;
   double* sums = s->sums + count;
   if (n <= kFewPairs) return count + merge_few(s->tokens, s->weights, n, entries, sums);

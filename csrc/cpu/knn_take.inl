@@ -80,8 +80,9 @@ constexpr int64_t kTakeBlock = 32 * W;  // a lane adds at most 32 weights in fp3
 // Removes every occurrence of the kTaken distinct `keys` from the n pairs, keeping the order of the
 // others, and returns how many are left. sums <- the weights removed. In place: what is written
 // never passes what has been read, but a vector beyond the last pair may be overwritten.
+template <class Id>
 MDK_INLINE int64_t take_tokens(int32_t* tokens, float* weights, int64_t n, const int32_t* keys,
-                               double* sums) {
+                               double* sums, ValueRequests<Id>* requests) {
   vi key[kTaken];
   for (int k = 0; k < kTaken; ++k) {
     key[k] = broadcast_token(keys[k]);
@@ -92,8 +93,10 @@ MDK_INLINE int64_t take_tokens(int32_t* tokens, float* weights, int64_t n, const
     const int64_t end = n - begin < kTakeBlock ? n : begin + kTakeBlock;
     vf sum[kTaken] = {vset(0.0f), vset(0.0f), vset(0.0f), vset(0.0f)};
     int64_t i = begin;
-    for (; i + W <= end; i += W)
+    for (; i + W <= end; i += W) {
+      request_values(requests, 3 * W / 16);
       left = take_vector(tokens, weights, i, left, first_lanes(W), key, sum);
+    }
     if (i < end) left = take_vector(tokens, weights, i, left, first_lanes(end - i), key, sum);
     for (int k = 0; k < kTaken; ++k) {
       float lanes[W];
@@ -109,6 +112,10 @@ MDK_INLINE int64_t take_tokens(int32_t* tokens, float* weights, int64_t n, const
 
 #else
 
-MDK_INLINE int64_t take_tokens(int32_t*, float*, int64_t n, const int32_t*, double*) { return n; }
+template <class Id>
+MDK_INLINE int64_t take_tokens(int32_t*, float*, int64_t n, const int32_t*, double*,
+                               ValueRequests<Id>*) {
+  return n;
+}
 
 #endif

@@ -1,6 +1,8 @@
 // knn_targets, one row: softmax of the negated distances, merged by token, sorted. The derivation
 // is in mdkernels/ops/knn_targets/README.md. Included inside an anonymous namespace.
 
+#include "knn_requests.inl"
+
 #include "knn_merge.inl"
 #include "knn_sort.inl"
 
@@ -49,7 +51,8 @@ MDK_INLINE int64_t knn_select(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t 
 // distance. Meanwhile the next row is requested: left to the hardware, reading it takes as long as
 // the rest.
 template <class Id>
-MDK_INLINE bool knn_weigh(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t row, const Id* ids) {
+MDK_INLINE bool knn_weigh(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t row, const Id* ids,
+                          ValueRequests<Id>* requests) {
   float* w = s->weights;
   for (int64_t i = a->neighbors; i % W != 0 || i == 0; ++i) w[i] = INFINITY;
   vf low = vset(INFINITY);
@@ -64,6 +67,7 @@ MDK_INLINE bool knn_weigh(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t row,
     __builtin_prefetch(next_distances + i);
     for (int64_t line = 0; line < W; line += 64 / (int64_t)sizeof(Id))
       __builtin_prefetch(next_ids + i + line);
+    request_values(requests, W / 4);
     vstore(w + i, vexp2((reference - vload(w + i)) * scale));
   }
   return true;
@@ -73,15 +77,20 @@ MDK_INLINE bool knn_weigh(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t row,
 // weight is 0, so that later steps need not tell it apart.
 template <class Id, class Value>
 MDK_INLINE int64_t knn_gather(const MdkKnnTargets* a, MdkKnnScratch* s, const Id* ids,
-                              int64_t spare) {
+                              int64_t spare, ValueRequests<Id>* requests) {
   const Value* values = (const Value*)a->values;
   const int64_t count = a->neighbors;
   uint64_t bits = 0;
   if (spare < 0) {
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t value = values[ids[i]];
-      bits |= (uint64_t)value;
-      s->tokens[i] = (int32_t)value;
+    constexpr int64_t block = 16;
+    for (int64_t begin = 0; begin < count; begin += block) {
+      const int64_t end = count - begin < block ? count : begin + block;
+      request_values(requests, 6);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t value = values[ids[i]];
+        bits |= (uint64_t)value;
+        s->tokens[i] = (int32_t)value;
+      }
     }
   } else {
     for (int64_t i = 0; i < count; ++i) {
@@ -122,11 +131,12 @@ MDK_INLINE int64_t knn_targets_typed(const MdkKnnTargets* a, MdkKnnScratch* s, i
   const Id* ids = (const Id*)a->neighbor_ids + row * a->id_stride;
   int64_t spare;
   if (const int64_t fault = knn_select(a, s, row, ids, &spare)) return fault;
-  if (!knn_weigh(a, s, row, ids)) return 0;
-  const int64_t fault = a->narrow_values ? knn_gather<Id, int32_t>(a, s, ids, spare)
-                                         : knn_gather<Id, int64_t>(a, s, ids, spare);
+  ValueRequests<Id> requests = value_requests(a, row, ids);
+  if (!knn_weigh(a, s, row, ids, &requests)) return 0;
+  const int64_t fault = a->narrow_values ? knn_gather<Id, int32_t>(a, s, ids, spare, &requests)
+                                         : knn_gather<Id, int64_t>(a, s, ids, spare, &requests);
   if (fault < 0) return fault;
-  const int64_t kept = knn_normalize(s, knn_merge(s, a->neighbors));
+  const int64_t kept = knn_normalize(s, knn_merge(s, a->neighbors, &requests));
   const int64_t* sorted = knn_sort(s, kept);
   for (int64_t i = 0; i < kept; ++i) {
     const uint32_t bits = (uint32_t)((uint64_t)sorted[i] >> 32);
