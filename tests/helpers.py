@@ -193,6 +193,12 @@ def problem(kind="normal", rows=8, vocab=67, dtype=torch.float32, probs=torch.fl
     return Problem(logits, *ragged_targets(logits, seed + 1, probs))
 
 
+def on(p: Problem, variant: Variant):
+    """(logits, targets, labels) on the device of a variant."""
+    labels = None if p.labels is None else p.labels.to(variant.device)
+    return p.logits.to(variant.device), p.targets.to(variant.device), labels
+
+
 # ---- oracles
 
 

@@ -62,9 +62,18 @@ def storage_covers(name: str, value: Tensor) -> None:
         raise RuntimeError(f"{name}: its storage has been freed (is it an FSDP parameter shard?)")
 
 
+def integer(name: str, value) -> None:
+    """A Python int."""
+    if not isinstance(value, int):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+
+
 def probability(name: str, value: float) -> float:
     """A float in [0, 1]; NaN is refused."""
-    value = float(value)
+    try:
+        value = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a number in [0, 1], got {value!r}") from None
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{name}: expected a number in [0, 1], got {value}")
     return value

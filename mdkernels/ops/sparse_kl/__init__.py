@@ -160,7 +160,9 @@ def sparse_kl(
         inplace: overwrite the logits with the gradient of `loss` during the forward: one read and
             one write in all, no second (N, V) tensor. The logits must be an intermediate result
             that nobody else reads; kl and ce are then not differentiable. Without a gradient to
-            compute, the logits are left alone.
+            compute, the logits are left alone. The gradient is rounded to the dtype of the logits
+            before the upstream gradient multiplies it: under fp16 loss scaling entries below 6e-8
+            vanish, so use inplace=False there (bf16 and fp32 have the range).
         backend: "auto", "cpu", "triton", "cuda" or "reference"; see `mdkernels.backends`.
 
     Returns:
@@ -198,17 +200,17 @@ def _check(logits, targets, labels, ignore_index, reduction) -> None:
         raise ValueError(f"targets: on {targets.device}, logits on {logits.device}; use .to()")
     if labels is not None:
         checks.integer_vector("labels", labels, rows, logits.device, of="logits")
-    if not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index: expected an int, got {type(ignore_index).__name__}")
+    checks.integer("ignore_index", ignore_index)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
 
 
 def _check_inplace(logits: Tensor) -> None:
-    if logits.is_leaf:
+    # As torch's own in-place operations decide it.
+    if logits.is_leaf or (logits._base is not None and logits._base.is_leaf):
         raise ValueError(
-            "inplace=True: logits is a leaf that requires grad, so its values are a parameter; "
-            "use inplace=False, or pass an intermediate result"
+            "inplace=True: logits is a leaf that requires grad or a view of one, so its values are "
+            "a parameter; use inplace=False, or pass an intermediate result"
         )
     if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(

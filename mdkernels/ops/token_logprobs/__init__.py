@@ -65,4 +65,5 @@ def token_logprobs(
     """
     checks.logits_matrix("logits", logits)
     checks.integer_vector("labels", labels, logits.shape[0], logits.device, of="logits")
+    checks.integer("ignore_index", ignore_index)
     return _TokenLogprobs.apply(logits, labels, ignore_index, backend)
