@@ -209,12 +209,13 @@ def _sources(inputs: Any) -> list[str]:
     for name in map(os.fspath, names):
         if name.startswith("hf:"):
             sources.append(name)
-        elif Path(name).is_dir():
+        # os.path, not Path: a long document passed as a path must not end in an OSError.
+        elif os.path.isdir(name):
             files = [f for f in sorted(Path(name).rglob("*")) if f.name.endswith(_SUFFIXES)]
             if not files:
                 raise ValueError(f"inputs: directory {name!r} has no file ending in {_SUFFIXES}")
             sources += map(str, files)
-        elif not Path(name).is_file():
+        elif not os.path.isfile(name):
             raise ValueError(
                 f"inputs: there is no file {name[:200]!r}; prefix dataset names with hf:, and pass "
                 "as_text=True if the inputs are the documents themselves"
