@@ -3,12 +3,19 @@
 import pytest
 import torch
 from helpers import variants
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from mdkernels.ops import native
 
-# derandomize: CI must not fail on a draw nobody can repeat; deadline: a busy machine is no bug.
-settings.register_profile("mdk", deadline=None, derandomize=True, print_blob=True)
+# derandomize: CI must not fail on a draw nobody can repeat; deadline: a busy machine is no bug;
+# fixtures: the `variant` of a test holds for all of its examples.
+settings.register_profile(
+    "mdk",
+    deadline=None,
+    derandomize=True,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 settings.load_profile("mdk")
 
 # The oracles are small; waking threads for them on a shared machine costs more than they compute.

@@ -1,4 +1,4 @@
-"""Launchers of the C++ kernel csrc/cpu/sparse_kl.inl. Nothing here copies or converts the logits."""
+"""Launchers of the C++ kernel csrc/cpu/sparse_kl.inl. Nothing here copies or converts logits."""
 
 import torch
 from torch import Tensor

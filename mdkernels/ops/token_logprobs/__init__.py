@@ -16,7 +16,8 @@ def _fake_forward(logits, labels, ignore_index, backend):
 _forward = dispatch.define(
     "token_logprobs",
     "forward",
-    "(Tensor logits, Tensor labels, int ignore_index, str backend) -> (Tensor logprobs, Tensor lse)",
+    "(Tensor logits, Tensor labels, int ignore_index, str backend)"
+    " -> (Tensor logprobs, Tensor lse)",
     _fake_forward,
 )
 _backward = dispatch.define(
