@@ -128,6 +128,12 @@ class SparseTargets:
 
     def select(self, rows: Tensor) -> SparseTargets:
         """The rows picked by a boolean mask (N,) or by row numbers (M,) int64, in that order."""
+        plain_tensor("rows", rows)
+        # uint8 would silently be a mask to one indexing operation and not to the next.
+        if rows.dtype not in (torch.bool, torch.int64, torch.int32):
+            raise TypeError(f"rows: expected bool, int64 or int32, got {rows.dtype}")
+        if rows.ndim != 1:
+            raise ValueError(f"rows: expected a vector, got shape {tuple(rows.shape)}")
         if rows.dtype == torch.bool:
             if tuple(rows.shape) != (self.num_rows,):
                 raise ValueError(
@@ -144,14 +150,20 @@ class SparseTargets:
         return SparseTargets(offsets, self.token_ids[source], self.probs[source])
 
     def to_dense(self, vocab_size: int) -> Tensor:
-        """(N, vocab_size) in the dtype of probs; repeated ids summed."""
+        """(N, vocab_size) in the dtype of probs; repeated ids summed. Synchronises with the device.
+
+        Raises:
+            ValueError: offsets or ids that `validate` refuses.
+        """
+        raise_fault(find_fault(self.row_offsets, self.token_ids, vocab_size), vocab_size)
         dense = self.probs.new_zeros(self.num_rows, vocab_size)
         index = (self.row_ids(), self.token_ids.long())
         return dense.index_put_(index, self.probs, accumulate=True)
 
     @classmethod
     def from_dense(cls, probs: Tensor) -> SparseTargets:
-        """The non-zero entries of an (N, V) matrix, ids ascending within a row."""
+        """The non-zero entries (NaN is one) of an (N, V) matrix, ids ascending within a row."""
+        plain_tensor("probs", probs)
         if probs.ndim != 2:
             raise ValueError(f"probs: expected shape (rows, vocab), got {tuple(probs.shape)}")
         rows, ids = probs.nonzero(as_tuple=True)
@@ -162,23 +174,34 @@ class SparseTargets:
         """From the padded top-k layout of other trainers.
 
         Args:
-            ids: (N, K) integer token ids.
+            ids: (N, K) integer token ids; those that count must fit int32.
             probs: (N, K) probabilities (exponentiate log-probs first).
-            mask: (N, K) bool, True where an entry counts; default: where probs > 0.
+            mask: (N, K) bool, True where an entry counts; default: where probs > 0 or NaN, which is
+                left for the loss or `validate` to show.
         """
+        for name, value in (("ids", ids), ("probs", probs), ("mask", mask)):
+            if value is not None:
+                plain_tensor(name, value)
+        if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
+            raise TypeError(f"ids: expected integers, got {ids.dtype}")
         if ids.ndim != 2 or ids.shape != probs.shape:
             raise ValueError(
                 f"ids, probs: expected one shape (rows, k), got {tuple(ids.shape)} and "
                 f"{tuple(probs.shape)}"
             )
         if mask is None:
-            mask = probs > 0
+            mask = ~(probs <= 0)
         elif mask.shape != ids.shape or mask.dtype != torch.bool:
             raise ValueError(
                 f"mask: expected bool {tuple(ids.shape)}, got {mask.dtype} {tuple(mask.shape)}"
             )
         rows, slots = mask.nonzero(as_tuple=True)
-        return cls(_offsets(rows, ids.shape[0]), ids[rows, slots].int(), probs[rows, slots])
+        wide = ids[rows, slots]
+        narrow = wide.int()
+        if not torch.equal(narrow.to(wide.dtype), wide):
+            where = int((narrow != wide).nonzero()[0, 0])
+            raise ValueError(f"ids: {int(wide[where])} does not fit int32; is it padding?")
+        return cls(_offsets(rows, ids.shape[0]), narrow, probs[rows, slots])
 
     @classmethod
     def empty(cls, num_rows: int, device=None) -> SparseTargets:
