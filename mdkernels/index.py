@@ -62,7 +62,8 @@ class Index:
             device of the queries, ascending by distance; +inf and -1 where none was found.
             Distances of a compressed faiss index are those to the compressed keys.
         """
-        queries = torch.as_tensor(queries)
+        if isinstance(queries, np.ndarray):
+            queries = torch.from_numpy(np.array(queries))  # a copy: it may be a read-only map
         if queries.dtype != torch.float32 or queries.ndim != 2 or queries.shape[1] != self.dim:
             raise ValueError(
                 f"queries: expected float32 (n, {self.dim}), got {queries.dtype} "
