@@ -25,14 +25,18 @@ def index(**settings: Any) -> str:
     from .index import build_index
 
     built = build_index(**settings)
-    return f"{built.path}: index ready"
+    return f"{built.path}: {built.factory} index of {built.num_rows:,} keys"
 
 
 def targets(**settings: Any) -> str:
     from .targets import build_targets
 
     built = build_targets(**settings)
-    return f"{built.path}: {built.num_rows:,} target rows"
+    stats = built.meta["stats"]
+    return (
+        f"{built.path}: {built.num_rows:,} rows, {stats['nnz_mean']:.1f} tokens each, top "
+        f"probability {stats['top_prob']:.2f}, own next token {stats['own_token_prob']:.2f}"
+    )
 
 
 def train(**settings: Any) -> str:
@@ -71,7 +75,8 @@ def generate(*, prompt: list[str], quiet: bool = False, **settings: Any) -> str 
 def demo(**settings: Any) -> None:
     from .demo import run
 
-    run(**settings)
+    if not run(**settings)["passed"]:
+        raise SystemExit(1)
 
 
 def doctor() -> str:

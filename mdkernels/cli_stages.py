@@ -124,7 +124,11 @@ INDEX = Stage(
     (
         _path("datastore", "datastore directory", required=True),
         _path("out", "index directory to write", required=True),
-        Option("factory", "exact, or a faiss factory string", "exact", metavar="NAME"),
+        Option("factory", "exact, or faiss: IVF4096,PQ64, HNSW32, ...", "exact", metavar="NAME"),
+        _count("nprobe", "cells that an IVF index visits per query", 32),
+        _count("train_rows", "keys faiss trains on (default: 64 per cell, at least 65536)"),
+        _count("seed", "seed of that sample", 0),
+        _DEVICE,
         _OVERWRITE,
     ),
 )
@@ -139,8 +143,16 @@ TARGETS = Stage(
         _path("datastore", "datastore directory", required=True),
         _path("index", "index directory of that datastore", required=True),
         _path("out", "targets directory to write", required=True),
-        _count("num_neighbors", "neighbours per position", 1024),
-        _number("knn_temperature", "divides squared distances"),
+        _count("num_neighbors", "neighbours searched per position, itself among them", 1024),
+        _number("knn_temperature", "divides squared L2 distances, in squared key units"),
+        _number(
+            "relative_temperature",
+            "the same in mean squared distances of two keys (default: 0.05, unless the other is "
+            "given)",
+        ),
+        Option("probs_dtype", "stored probabilities", "float32", choices=("float32", "float16")),
+        _count("batch_size", "rows searched at once", 4096),
+        _DEVICE,
         _OVERWRITE,
     ),
 )

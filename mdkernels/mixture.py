@@ -11,14 +11,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from .mix_weight import check_weights
 from .models import load_model, model_id
-from .ops.logit_mix import mix_argmax, mix_sample
+from .ops.mix_argmax import mix_argmax
+from .ops.mix_sample import mix_sample
 from .tokenizer_check import check_tokenizers
 from .train_config import DTYPES, resolve_device
 
@@ -87,7 +87,7 @@ class MemoryMixture:
         top_k: int = 0,
         top_p: float = 1.0,
         min_p: float = 0.0,
-        seed: int = 0,
+        seed: int | Tensor = 0,
         eos_token_id: int | None = None,
         pad_token_id: int | None = None,
         on_token: TokenHook | None = None,
@@ -101,7 +101,8 @@ class MemoryMixture:
                 would alone.
             temperature: of the mixture; 0 is greedy decoding, which ignores the next four.
             top_k, top_p, min_p: truncate the mixture before sampling; 0, 1 and 0 leave it whole.
-            seed: row b draws from stream (seed, b), the same whatever else is in the batch.
+            seed: an int, from which each row gets a stream by its place in the batch, or (B,) int64
+                seeds; a row with a seed of its own draws the same tokens in any batch.
             eos_token_id: ends a row; the end of the batch is the end of its last row.
             pad_token_id: fills rows that ended early; None: the eos token.
             on_token: called with each (B,) of new tokens.
@@ -122,7 +123,7 @@ class MemoryMixture:
                 _last_logits(model, step_ids, mask, cache)
                 for model, cache in zip(models, caches, strict=True)
             ]
-            picked = self._pick(logits, sampling, _stream(seed, len(tokens), step))
+            picked = self._pick(logits, sampling, seed, step)
             if eos_token_id is not None:
                 picked = torch.where(ended, pad, picked)
                 ended |= picked == eos_token_id
@@ -136,20 +137,19 @@ class MemoryMixture:
                 mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
         return tokens
 
-    def _pick(self, logits: list[Tensor], sampling: dict | None, seeds: np.ndarray) -> Tensor:
+    def _pick(
+        self, logits: list[Tensor], sampling: dict | None, seed: int | Tensor, step: int
+    ) -> Tensor:
         # Ids that only the wider model has are padding rows, and no input for the other model.
         width = min(one.shape[1] for one in logits)
         base, *memories = [one[:, :width] for one in logits]
-        weights: float | list[float] = list(self.weights) if len(memories) > 1 else 0.0
-        if len(memories) == 1:
-            memories, weights = memories[0], self.weights[0]
-        elif not memories:
-            memories = base
+        weights = list(self.weights)
+        if not memories:
+            memories, weights = [base], [0.0]
         mix = {"memory_temperature": self.memory_temperature}
         if sampling is None:
             return mix_argmax(base, memories, weights, **mix)
-        seeds = torch.from_numpy(seeds).to(base.device)
-        return mix_sample(base, memories, weights, seeds=seeds, **sampling, **mix)
+        return mix_sample(base, memories, weights, seeds=seed, offsets=step, **sampling, **mix)
 
     def _check(self, input_ids: Tensor, attention_mask: Tensor | None, new: int) -> Tensor | None:
         """The mask to use: None when nothing is padded, which lets attention skip it."""
@@ -224,13 +224,3 @@ def _check_sampling(temperature, top_k, top_p, min_p) -> dict | None:
     if temperature == 0.0:
         return None
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-
-
-def _stream(seed: int, rows: int, step: int) -> np.ndarray:
-    """(rows,) int64 seeds of one step: splitmix64 of (seed, row, step)."""
-    with np.errstate(over="ignore"):
-        state = np.arange(rows, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
-        state += np.uint64((seed * 0x9E3779B97F4A7C15 + step * 0xBF58476D1CE4E5B9) % 2**64)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-            state = (state ^ (state >> np.uint64(shift))) * np.uint64(factor)
-        return (state ^ (state >> np.uint64(31))).view(np.int64)

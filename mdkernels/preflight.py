@@ -28,21 +28,6 @@ def check_model(model, corpus, block: int) -> None:
     check_scorable(model, corpus, block)
 
 
-def check_targets(targets, corpus) -> None:
-    if targets.num_rows != corpus.num_rows:
-        raise ArtifactError(
-            f"targets {targets.path} have {targets.num_rows} rows, the corpus {corpus.path} "
-            f"{corpus.num_rows}: they were built for another corpus; run `mdkernels targets` on "
-            "this one"
-        )
-    found = targets.meta["inputs"].get(corpus.kind)
-    if found != corpus.content_id:
-        raise ArtifactError(
-            f"targets {targets.path} were built for a corpus with content id {found}, not for "
-            f"{corpus.path} ({corpus.content_id}); run `mdkernels targets` on this one"
-        )
-
-
 def tokenizer_of(config: TrainConfig, corpus):
     """The tokenizer to save, checked against the corpus; None for a live model without one."""
     source = config.tokenizer

@@ -185,7 +185,7 @@ def knn_logprobs(
         exclude_ids: (n,) the datastore row of each query, left out; only for the corpus of the
             datastore itself.
     """
-    values = torch.from_numpy(np.asarray(datastore.values))
+    values = torch.from_numpy(np.array(datastore.values))
     labels = labels.to(torch.int32)
     out = torch.empty(len(labels), dtype=torch.float32)
     for i in tqdm(range(0, len(labels), batch_size), desc="kNN", unit="batch", disable=None):

@@ -76,8 +76,9 @@ def train(config: TrainConfig, *, on_eval: EvalHook | None = None) -> TrainResul
     built-in mixture perplexity on `config.valid`. Random state is put back after it.
 
     A run interrupted at any point lies in `<out>.partial`; the same config continues it from its
-    last checkpoint and, on the CPU, ends bit for bit where the uninterrupted run would have. `out`
-    appears only when training is complete. Several processes cannot train into one `out`.
+    last checkpoint and, on the CPU with as many threads, ends bit for bit where the uninterrupted
+    run would have. `out` appears only when training is complete. Several processes cannot train
+    into one `out`.
 
     Raises ArtifactError when `out` is taken, the targets do not belong to the corpus, or the
     interrupted run had another config; ValueError for a model that cannot train on this corpus;
@@ -94,7 +95,7 @@ class _Run:
         self.corpus = corpus = open_corpus(config.corpus)
         targets = None if config.targets is None else open_targets(config.targets)
         if targets is not None:
-            preflight.check_targets(targets, corpus)
+            targets.check_corpus(corpus)
         self.device = resolve_device(config.device)
         self.tokenizer = preflight.tokenizer_of(config, corpus)
         self.model = load_model(config.model, dtype=torch.float32, device=self.device)

@@ -1,0 +1,236 @@
+"""Decoding from the mixture, against full recomputation without a cache in fp64."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from pipeline_fixtures import FAMILIES, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+
+from mdkernels.generate import generate
+from mdkernels.mixture import MemoryMixture
+
+PROMPTS = ["the tensor returns", "a kernel", "every row sorts its neighbours in place. the index"]
+
+
+def encode(text):
+    return tiny_tokenizer()(text, add_special_tokens=False).input_ids
+
+
+def left_padded(rows):
+    width = max(map(len, rows))
+    ids = torch.tensor([[7] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    return ids, mask
+
+
+@torch.no_grad()
+def mixture_probs(base, memories, ids, weights, temperature=1.0):
+    """fp64 (V,): the next-token distribution behind `ids`, as the paper writes it."""
+    ids = torch.tensor([ids])
+    width = min(model.config.vocab_size for model in [base, *memories])
+    p = (1 - sum(weights)) * base(ids).logits[0, -1, :width].double().softmax(0)
+    for memory, weight in zip(memories, weights, strict=True):
+        logits = memory(ids).logits[0, -1, :width].double()
+        p = p + weight * (logits / temperature).softmax(0)
+    return p
+
+
+def greedy(base, memories, ids, weights, new, eos=None, temperature=1.0):
+    ids = list(ids)
+    for _ in range(new):
+        picked = int(mixture_probs(base, memories, ids, weights, temperature).argmax())
+        ids.append(picked)
+        if picked == eos:
+            break
+    return ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("memory_family", FAMILIES)
+def test_greedy_equals_full_recomputation(family, memory_family):
+    base, memory = tiny_model(family), tiny_model(memory_family, seed=1)
+    mixture = MemoryMixture(base, memory, 0.6, memory_temperature=1.5)
+    prompt = encode(PROMPTS[0])
+    found = mixture.generate(torch.tensor([prompt]), max_new_tokens=12)[0].tolist()
+    assert found == greedy(base, [memory], prompt, [0.6], 12, temperature=1.5)
+    assert len(found) == len(prompt) + 12
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_padded_batch_equals_each_row_alone(family):
+    base, memory = tiny_model(family), tiny_model("gpt2", seed=1)
+    mixture = MemoryMixture(base, memory, 0.5)
+    rows = [encode(prompt) for prompt in PROMPTS]
+    ids, mask = left_padded(rows)
+    assert len({len(row) for row in rows}) == 3
+    batch = mixture.generate(ids, mask, max_new_tokens=10)
+    for row, tokens in zip(rows, batch.tolist(), strict=True):
+        assert tokens[-10:] == greedy(base, [memory], row, [0.5], 10)[-10:]
+
+
+def test_a_memory_of_weight_zero_or_one_leaves_one_model():
+    base, memory = tiny_model("llama"), tiny_model("gpt2", seed=1)
+    ids = torch.tensor([encode(PROMPTS[0])])
+    for weight, alone in ((0.0, base), (1.0, memory)):
+        mixed = MemoryMixture(base, memory, weight).generate(ids, max_new_tokens=8)
+        assert torch.equal(mixed, MemoryMixture(alone, []).generate(ids, max_new_tokens=8))
+
+
+def test_two_memories():
+    base = tiny_model("llama")
+    memories = [tiny_model("gpt2", seed=1), tiny_model("qwen2", seed=2)]
+    prompt = encode(PROMPTS[0])
+    mixture = MemoryMixture(base, memories, [0.3, 0.4])
+    found = mixture.generate(torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
+    assert found == greedy(base, memories, prompt, [0.3, 0.4], 8)
+
+
+def test_padded_vocabularies_decode_over_the_common_ids():
+    base, memory = tiny_model("llama", vocab_size=384), tiny_model("gpt2", seed=1)
+    prompt = encode(PROMPTS[0])
+    for pair in ((base, memory), (memory, base)):
+        mixture = MemoryMixture(*pair, 0.5)
+        found = mixture.generate(torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
+        assert found == greedy(pair[0], [pair[1]], prompt, [0.5], 8)
+        assert max(found) < 320
+
+
+def test_a_row_ends_at_eos_and_the_batch_with_its_last_row():
+    base, memory = tiny_model("llama"), tiny_model("gpt2", seed=1)
+    mixture = MemoryMixture(base, memory, 0.5)
+    rows = [encode(prompt) for prompt in PROMPTS]
+    free = [greedy(base, [memory], row, [0.5], 20)[len(row) :] for row in rows]
+    eos = free[0][3]
+    first = [new.index(eos) if eos in new else None for new in free]
+    assert first[0] is not None
+    ids, mask = left_padded(rows)
+    found = mixture.generate(ids, mask, max_new_tokens=20, eos_token_id=eos, pad_token_id=5)
+    new = found[:, ids.shape[1] :].tolist()
+    longest = max(20 if end is None else end + 1 for end in first)
+    for got, expected, end in zip(new, free, first, strict=True):
+        assert len(got) == longest
+        stop = longest if end is None else end + 1
+        assert got[:stop] == expected[:stop]
+        assert set(got[stop:]) <= {5}
+
+
+def test_sampling_follows_the_mixture():
+    base, memory = tiny_model("llama"), tiny_model("gpt2", seed=1)
+    prompt = encode(PROMPTS[0])
+    draws = 4000
+    ids = torch.tensor([prompt]).repeat(draws, 1)
+    mixture = MemoryMixture(base, memory, 0.4)
+    found = mixture.generate(ids, max_new_tokens=1, temperature=1.0, seed=11)[:, -1]
+    expected = mixture_probs(base, [memory], prompt, [0.4]).numpy() * draws
+    counts = np.bincount(found.numpy(), minlength=len(expected))
+    order = np.argsort(-expected)
+    cells = [i for i in order if expected[i] >= 8]
+    observed = np.append(counts[cells], draws - counts[cells].sum())
+    wanted = np.append(expected[cells], draws - expected[cells].sum())
+    statistic = float(((observed - wanted) ** 2 / wanted).sum())
+    freedom = len(cells)
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+def test_sampling_repeats_with_its_seed_and_does_not_depend_on_the_batch():
+    mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2", seed=1), 0.4)
+    ids = torch.tensor([encode(PROMPTS[0])]).repeat(6, 1)
+    options = {"max_new_tokens": 12, "temperature": 1.0}
+    batch = mixture.generate(ids, seed=3, **options)
+    assert torch.equal(batch, mixture.generate(ids, seed=3, **options))
+    seeds = torch.arange(40, 46)
+    own = mixture.generate(ids, seed=seeds, **options)
+    for slot in (0, 3, 5):
+        alone = mixture.generate(ids[:1], seed=seeds[slot : slot + 1], **options)
+        assert torch.equal(own[slot : slot + 1], alone)
+    assert not torch.equal(batch, mixture.generate(ids, seed=4, **options))
+    assert len({tuple(row) for row in batch.tolist()}) == 6
+
+
+def test_top_k_one_is_greedy_at_any_temperature():
+    mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2", seed=1), 0.4)
+    ids = torch.tensor([encode(PROMPTS[0])])
+    sampled = mixture.generate(ids, max_new_tokens=8, temperature=2.0, top_k=1)
+    assert torch.equal(sampled, mixture.generate(ids, max_new_tokens=8))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"input_ids": torch.empty(1, 0, dtype=torch.int64)}, "prompt is empty"),
+        ({"input_ids": torch.zeros(3, dtype=torch.int64)}, r"expected \(batch, length\)"),
+        ({"input_ids": torch.full((1, 3), 320)}, r"knows \[0, 320\)"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1"),
+        ({"max_new_tokens": 63}, "do not fit the context of .*, 64"),
+        ({"attention_mask": torch.ones(1, 4)}, r"attention_mask: expected \(1, 3\)"),
+        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "pad on the left"),
+        ({"attention_mask": torch.zeros(1, 3)}, "no row may be all padding"),
+        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"temperature": float("nan")}, "temperature must be >= 0"),
+        ({"top_k": -1}, "top_k must be"),
+        ({"top_p": 0.0}, "top_p must be"),
+        ({"min_p": 1.5}, "min_p must be"),
+    ],
+)
+def test_bad_arguments_are_refused_before_any_compute(changes, message, monkeypatch):
+    mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2"), 0.5)
+    monkeypatch.setattr(type(mixture.base), "forward", lambda *a, **k: pytest.fail("computed"))
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    arguments = {"input_ids": ids, "max_new_tokens": 8, **changes}
+    with pytest.raises(ValueError, match=message):
+        mixture.generate(**arguments)
+
+
+def test_the_longest_prompt_that_fits_decodes():
+    mixture = MemoryMixture(tiny_model("gpt2"), tiny_model("llama"), 0.5)
+    assert mixture.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=62).shape == (1, 65)
+
+
+def test_weights_and_temperatures_out_of_range():
+    pair = tiny_model("llama"), tiny_model("gpt2")
+    with pytest.raises(ValueError, match=r"mix_weight must be in \[0, 1\]"):
+        MemoryMixture(*pair, mix_weight=-0.1)
+    with pytest.raises(ValueError, match="memory_temperature must be > 0"):
+        MemoryMixture(*pair, memory_temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    base = save_tiny_checkpoint(root / "base", "llama")
+    return base, save_tiny_checkpoint(root / "memory", "gpt2", seed=1)
+
+
+def test_text_of_base_and_mixture_side_by_side(checkpoints):
+    base, memory = checkpoints
+    options = {"max_new_tokens": 10, "mix_weight": 0.7}
+    results = generate(base, memory, PROMPTS, side_by_side=True, **options)
+    models = tiny_model("llama"), tiny_model("gpt2", seed=1)
+    for result, prompt in zip(results, PROMPTS, strict=True):
+        ids = encode(prompt)
+        assert list(result) == ["prompt", "base", "mixture"]
+        for name, memories, weights in (("base", [], []), ("mixture", [models[1]], [0.7])):
+            tokens = greedy(models[0], memories, ids, weights, 10, eos=0)
+            tokens = tokens[: tokens.index(0)] if 0 in tokens else tokens
+            assert prompt + result[name] == tiny_tokenizer().decode(tokens)
+
+
+def test_streaming_shows_what_is_returned(checkpoints):
+    stream = io.StringIO()
+    (result,) = generate(*checkpoints, PROMPTS[1], max_new_tokens=20, stream=stream)
+    assert stream.getvalue() == f"--- mixture\n{PROMPTS[1]}{result['mixture']}\n"
+
+
+def test_prompts_that_cannot_be_continued(checkpoints, tmp_path):
+    with pytest.raises(ValueError, match="prompts: '' is empty"):
+        generate(*checkpoints, ["the", ""])
+    with pytest.raises(ValueError, match="prompts: got none"):
+        generate(*checkpoints, [])
+    with pytest.raises(ValueError, match="stream: shows one prompt, got 2"):
+        generate(*checkpoints, ["a", "b"], stream=io.StringIO())
+    with pytest.raises(ValueError, match="tokenizer: needed with a live base"):
+        generate(tiny_model("llama"), checkpoints[1], "the")
+    other = save_tiny_checkpoint(tmp_path / "other", "gpt2", vocab_size=330)
+    with pytest.raises(ValueError, match="tokenizers differ"):
+        generate(checkpoints[0], other, "the")

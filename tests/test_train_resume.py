@@ -1,0 +1,275 @@
+"""What a killed, failed or refused training run leaves behind, and how it goes on."""
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from pipeline_fixtures import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from train_fixtures import config, make_corpus, make_targets, same, steps, weights
+from transformers import AutoModelForCausalLM
+
+from mdkernels import checkpoint
+from mdkernels.artifact import ArtifactError
+from mdkernels.train import TrainConfig, train
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    root = tmp_path_factory.mktemp("data")
+    corpus = make_corpus(root / "corpus")
+    return corpus, make_targets(corpus, root)
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
+def stop_at(step):
+    def hook(_model, now):
+        if now == step:
+            raise Stop
+
+    return hook
+
+
+def without_times(rows):
+    return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
+
+
+def dropout_model():
+    """Random state matters in it: a resume that forgot it would differ."""
+    model = tiny_model("gpt2", seed=3)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.2
+    return model
+
+
+KILLED = """
+    import os, signal, torch
+    torch.set_num_threads({threads})  # sums of another number of threads round differently
+    from mdkernels.train import train
+    from mdkernels.corpus import open_corpus
+    from mdkernels.targets import open_targets
+    from train_fixtures import config
+    from test_train_resume import dropout_model
+    data = open_corpus({corpus!r}), open_targets({targets!r})
+
+    def hook(model, step):
+        if step == {step}:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(config(data, {out!r}, model=dropout_model(), save_every=3, eval_every=1), on_eval=hook)
+"""
+
+
+def test_kill_9_and_rerun_equal_the_uninterrupted_run_bit_for_bit(data, tmp_path):
+    whole = train(config(data, tmp_path / "whole", model=dropout_model(), save_every=3))
+    out = tmp_path / "killed"
+    script = textwrap.dedent(KILLED).format(
+        corpus=str(data[0].path),
+        targets=str(data[1].path),
+        out=str(out),
+        step=8,
+        threads=torch.get_num_threads(),
+    )
+    killed = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=240,
+        capture_output=True,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
+    assert not out.exists()
+    (saved,) = (tmp_path / "killed.partial" / "checkpoints").iterdir()
+    assert saved.name == "step-00000006"
+    assert AutoModelForCausalLM.from_pretrained(saved) is not None
+
+    resumed = train(config(data, out, model=dropout_model(), save_every=3))
+    assert same(weights(whole.model), weights(resumed.model))
+    assert without_times(resumed.metrics) == without_times(whole.metrics)
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == resumed.metrics
+    assert not (tmp_path / "killed.partial").exists()
+
+
+@pytest.mark.parametrize("step", [1, 3, 4, 11])
+def test_stopping_anywhere_changes_nothing(data, tmp_path, step):
+    whole = train(config(data, tmp_path / "whole", save_every=3, keep=2))
+    settings = config(data, tmp_path / "out", save_every=3, keep=2, eval_every=1)
+    with pytest.raises(Stop):
+        train(settings, on_eval=stop_at(step))
+    assert not (tmp_path / "out").exists()
+    again = dataclasses.replace(settings, model=tiny_model("llama", seed=3))
+    resumed = train(again)
+    assert same(weights(whole.model), weights(resumed.model))
+    assert without_times(steps(resumed)) == without_times(steps(whole))
+
+
+def test_resume_false_starts_again(data, tmp_path):
+    settings = config(data, tmp_path / "out", save_every=3, eval_every=1)
+    with pytest.raises(Stop):
+        train(settings, on_eval=stop_at(8))
+    fresh = {"model": tiny_model("llama", seed=3), "lr": 1e-3}
+    with pytest.warns(UserWarning, match="was discarded"):
+        result = train(dataclasses.replace(settings, resume=False, **fresh))
+    expected = train(config(data, tmp_path / "other", lr=1e-3))
+    assert same(weights(result.model), weights(expected.model))
+    assert len(steps(result)) == 12
+
+
+def test_another_config_does_not_discard_an_interrupted_run(data, tmp_path):
+    settings = config(data, tmp_path / "out", save_every=3, eval_every=1)
+    with pytest.raises(Stop):
+        train(settings, on_eval=stop_at(8))
+    other = dataclasses.replace(settings, lr=0.5, model=tiny_model("llama", seed=3))
+    with pytest.raises(ArtifactError, match=r"config.lr is 0.003 there and 0.5 here"):
+        train(other)
+    assert (tmp_path / "out.partial" / "checkpoints" / "step-00000006").is_dir()
+
+
+def test_checkpoints_are_kept_by_count(data, tmp_path):
+    train(config(data, tmp_path / "out", save_every=2, keep=3))
+    names = sorted(path.name for path in (tmp_path / "out" / "checkpoints").iterdir())
+    assert names == ["step-00000006", "step-00000008", "step-00000010"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(data, tmp_path, monkeypatch):
+    settings = config(data, tmp_path / "out", save_every=3)
+    write = checkpoint.save_file
+    calls = []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        train(settings)
+    partial = tmp_path / "out.partial" / "checkpoints"
+    assert os.listdir(partial) == ["step-00000003"]
+    resumed = train(dataclasses.replace(settings, model=tiny_model("llama", seed=3)))
+    whole = train(config(data, tmp_path / "whole"))
+    assert same(weights(whole.model), weights(resumed.model))
+
+
+def test_a_finished_run_is_replaced_only_on_request_and_only_when_done(data, tmp_path):
+    out = tmp_path / "out"
+    first = train(config(data, out))
+    before = (out / "model.safetensors").read_bytes()
+    with pytest.raises(ArtifactError, match="overwrite"):
+        train(config(data, out))
+    with pytest.raises(Stop):
+        train(config(data, out, overwrite=True, seed=1, eval_every=2), on_eval=stop_at(4))
+    assert (out / "model.safetensors").read_bytes() == before
+    second = train(config(data, out, overwrite=True, seed=1))
+    assert not same(weights(first.model), weights(second.model))
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(data, tmp_path):
+    model = tiny_model("llama", seed=3)
+    settings = config(data, tmp_path / "out", model=model, save_every=2, eval_every=1)
+
+    def poison(trained, step):
+        if step == 5:
+            trained.lm_head.weight.data[7, 0] = float("nan")
+
+    with pytest.raises(FloatingPointError, match="step 6: loss is nan"):
+        train(settings, on_eval=poison)
+    assert not (tmp_path / "out").exists()
+    saved = tmp_path / "out.partial" / "checkpoints" / "step-00000004"
+    loaded = AutoModelForCausalLM.from_pretrained(saved)
+    assert all(bool(p.isfinite().all()) for p in loaded.parameters())
+
+
+def test_targets_of_another_corpus_are_refused_before_the_first_step(data, tmp_path):
+    corpus, targets = data
+    shorter = make_corpus(tmp_path / "shorter", 5)
+    with pytest.raises(ArtifactError, match=rf"inputs is .*{corpus.content_id}.* here"):
+        train(config((shorter, targets), tmp_path / "out"))
+    changed = build_swapped(corpus, tmp_path / "changed")
+    assert changed.num_rows == corpus.num_rows
+    with pytest.raises(ArtifactError, match=rf"{corpus.content_id}.*{changed.content_id}"):
+        train(config((changed, targets), tmp_path / "out"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def build_swapped(corpus, path):
+    """The same number of tokens, other text: the documents in reverse order."""
+    from mdkernels.corpus import build_corpus
+
+    ids, offsets = corpus.token_ids, corpus.document_offsets
+    texts = [
+        tiny_tokenizer().decode(ids[offsets[i] : offsets[i + 1] - 1])
+        for i in range(len(offsets) - 1)
+    ]
+    return build_corpus(texts[::-1], tiny_tokenizer(), path, as_text=True)
+
+
+def test_models_that_cannot_train_here_are_refused(data, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"torch.bfloat16; .* fp32"):
+        train(config(data, out, model=tiny_model("llama").bfloat16()))
+    with pytest.raises(ValueError, match="block: 128"):
+        train(config(data, out, block=128))
+    with pytest.raises(ValueError, match="vocabulary of 320"):
+        train(config(data, out, model=tiny_model("llama", vocab_size=256)))
+    frozen = tiny_model("llama")
+    frozen.requires_grad_(False)
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        train(config(data, out, model=frozen))
+    with pytest.raises(ValueError, match="device 'nowhere'"):
+        train(config(data, out, device="nowhere"))
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_model_directory_of_another_tokenizer_is_refused(data, tmp_path):
+    path = save_tiny_checkpoint(tmp_path / "model", "llama", vocab_size=330)
+    with pytest.raises(ValueError, match="tokenizers differ"):
+        train(config(data, tmp_path / "out", model=path, tokenizer=None))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "kl-ce"}, "did you mean 'kl_ce'"),
+        ({"objective": "kl", "targets": None}, "learns from kNN targets, got targets=None"),
+        ({"kl_weight": 2}, r"kl_weight must be a number >= 0.0 and <= 1.0, got 2"),
+        ({"kl_weight": float("nan")}, "kl_weight must be"),
+        ({"objective": "kl", "kl_weight": 0.5}, "belongs to objective"),
+        ({"schedule": "cosin"}, "did you mean 'cosine'"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16"),
+        ({"stride": 33}, r"stride must be an integer in \[1, 32\], got 33"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"batch_size": 2.5}, "batch_size must be an integer"),
+        ({"epochs": 1, "max_steps": 5}, "one of epochs and max_steps"),
+        ({"max_steps": None}, "one of epochs and max_steps"),
+        ({"lr": 0.0}, "lr must be a number > 0"),
+        ({"lr": "fast"}, "lr must be a number"),
+        ({"betas": (0.9, 1.0)}, "betas must be a number >= 0.0 and < 1.0"),
+        ({"clip": -1}, "clip must be"),
+        ({"valid": "somewhere"}, "base is None"),
+    ],
+)
+def test_settings_outside_their_range_are_refused(data, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        config(data, tmp_path / "out", **changes)
+
+
+def test_unknown_settings_name_the_nearest():
+    with pytest.raises(ValueError, match="unknown setting 'learning_rat'"):
+        TrainConfig.from_dict({"learning_rat": 1})
+    with pytest.raises(ValueError, match="did you mean 'batch_size'"):
+        TrainConfig.from_dict({"batchsize": 1})
