@@ -1,0 +1,1 @@
+"""Bridges to other code: each module here needs a package that mdkernels itself does not."""
