@@ -63,8 +63,8 @@ def evaluate(
         dtype: "float32" or "bfloat16" weights; live models keep theirs.
 
     Returns a dict (the JSON): `base`, `memories`, `mixture`, each with `nats_per_token`,
-    `perplexity` and `bits_per_byte` (the eos tokens count as nats, not as bytes); `mixture` also has
-    `mix_weight`, `gain_nats` over the base with its 95 % block-bootstrap interval, and `curve`.
+    `perplexity` and `bits_per_byte` (the eos tokens count as nats, not as bytes); `mixture` also
+    has `mix_weight`, `gain_nats` over the base with its 95 % block-bootstrap interval, and `curve`.
 
     Raises ValueError when the tokenizers of models and corpora differ, or neither `valid` nor
     `mix_weight` says what weight to use; FileExistsError when `out` exists.

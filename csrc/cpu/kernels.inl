@@ -3,15 +3,16 @@
 #include "vec.h"
 
 namespace {
+// clang-format off: each builds on the ones before it.
 #include "knn_targets.inl"
 #include "online_lse.inl"
 #include "sparse_kl.inl"
-// Each builds on the ones before it.
 #include "mix_common.inl"
 #include "logit_mix.inl"
 #include "mix_argmax.inl"
 #include "philox.inl"
 #include "mix_sample.inl"
+// clang-format on
 }  // namespace
 
 extern "C" const MdkKernels MDK_TABLE = {

@@ -46,7 +46,8 @@ def _cpu() -> list[str]:
 def _gpu() -> list[str]:
     extension = native.load("_cuda")
     state = "loaded" if extension.module is not None else extension.reason
-    lines = [f"_cuda         {state}", f"torch CUDA    {torch.version.cuda or 'CPU build of torch'}"]
+    build = torch.version.cuda or "none: a CPU build of torch"
+    lines = [f"_cuda         {state}", f"torch CUDA    {build}"]
     if torch.cuda.is_available():
         lines += [
             f"GPU {index}         {torch.cuda.get_device_name(index)}"
