@@ -43,7 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text = getattr(cli_commands, stage.command)(**_settings(stage, vars(arguments)))
     except KeyboardInterrupt:
-        print(f"\nmdkernels {stage.name}: interrupted", file=sys.stderr)
+        print(
+            f"\nmdkernels {stage.name}: interrupted; the same command continues from its last "
+            "checkpoint, if it has made one",
+            file=sys.stderr,
+        )
         return 130
     except Exception as error:
         if not _is_users(error):

@@ -187,6 +187,11 @@ def _check_plan(memories, corpus, valid, weights, out, overwrite) -> None:
             "mix_weight: give a weight, or a validation corpus (valid=) to fit it on; one fitted "
             "on the test corpus would flatter the mixture"
         )
+    if valid is not None and (weights is not None or not memories):
+        raise ValueError(
+            f"valid: {valid.path} is for fitting the mix weight, but "
+            + ("mix_weight is given; leave one out" if memories else "there is no memory to mix")
+        )
     if valid is not None and valid.content_id == corpus.content_id:
         raise ValueError(
             f"valid: {valid.path} holds the same text as the test corpus {corpus.path}; fit the "

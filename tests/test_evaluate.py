@@ -242,6 +242,9 @@ def test_a_plan_that_cannot_work_fails_before_scoring(text, tmp_path, monkeypatc
         evaluate(base, memory, corpus, valid=corpus, block=32)
     with pytest.raises(ValueError, match=r"mix_weight must be in \[0, 1\], got 2"):
         evaluate(base, memory, corpus, mix_weight=2, block=32)
+    for ignored in ({"memory": memory, "mix_weight": 0.5}, {"memory": None}):
+        with pytest.raises(ValueError, match="is for fitting the mix weight, but"):
+            evaluate(base, corpus=corpus, valid=text[1], block=32, **ignored)
     out = tmp_path / "eval.json"
     out.write_text("precious")
     with pytest.raises(FileExistsError, match="overwrite"):
