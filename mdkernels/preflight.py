@@ -12,7 +12,7 @@ from . import checkpoint
 from .artifact import PARTIAL, ArtifactError
 from .models import load_tokenizer
 from .scoring import check_scorable
-from .tokenizer_check import check_tokenizers
+from .tokenizer_check import check_tokenizers, check_trained
 from .train_config import TrainConfig
 
 RUN = "run.json"
@@ -30,6 +30,7 @@ def check_model(model, corpus, block: int) -> None:
 
 def tokenizer_of(config: TrainConfig, corpus):
     """The tokenizer to save, checked against the corpus; None for a live model without one."""
+    check_trained(config.model)
     source = config.tokenizer
     if source is None and not isinstance(config.model, torch.nn.Module):
         source = config.model

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .artifact import META, PARTIAL, ArtifactError, read_artifact
 from .models import load_tokenizer, tokenizer_hash
 
 
 def check_tokenizers(models: Sequence[Any], corpora: Sequence[Any] = ()) -> None:
     """Raise ValueError unless all models and corpora use one tokenizer, compared by content.
+
+    Model directories that `mdkernels train` wrote are first compared with their checksums.
 
     `models` are directories or hub ids, whose tokenizer is loaded, or live models, which carry none
     and are skipped. The message names both hashes and, between two models, the first differing
@@ -20,6 +25,7 @@ def check_tokenizers(models: Sequence[Any], corpora: Sequence[Any] = ()) -> None
     seen: list[tuple[str, str, PreTrainedTokenizerBase | None]] = []
     for source in models:
         if not isinstance(source, PreTrainedModel):
+            check_trained(source)
             tokenizer = load_tokenizer(source)
             seen.append((f"model {source}", tokenizer_hash(tokenizer), tokenizer))
     seen += [(f"corpus {c.path}", c.tokenizer_hash, None) for c in corpora]
@@ -31,6 +37,24 @@ def check_tokenizers(models: Sequence[Any], corpora: Sequence[Any] = ()) -> None
                 f"tokenizers differ: {first_name} has {expected}, {name} has {found}{difference}. "
                 "Base, memory and corpora must share one tokenizer"
             )
+
+
+def check_trained(source: Any) -> None:
+    """Raise ArtifactError if `source` is the directory of a damaged or unfinished training run.
+
+    Hub ids, other directories and objects pass.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        return
+    path = Path(source)
+    partial = path.with_name(path.name + PARTIAL)
+    if (path / META).is_file():
+        read_artifact(path, "train", verify=True)
+    elif not path.exists() and partial.is_dir():
+        raise ArtifactError(
+            f"no model at {path}: an unfinished run left {partial}; the same `mdkernels train` "
+            "again continues it, and its checkpoints are models too"
+        )
 
 
 def first_difference(

@@ -30,6 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from . import checkpoint, preflight
+from .artifact import FILE_NAME
 from .artifact_writer import ArtifactWriter
 from .batches import Batch, WindowBatches
 from .corpus import open_corpus, windows
@@ -272,7 +273,8 @@ class _Run:
         before = {path.name for path in self.work.iterdir()} - {"metrics.jsonl"}
         checkpoint.save_model(self.work, self.model, self.tokenizer)
         for path in sorted(self.work.iterdir()):
-            if path.name not in before:
+            # Files of other names (a tokenizer may write what it likes) are kept without a checksum.
+            if path.name not in before and path.is_file() and FILE_NAME.fullmatch(path.name):
                 self.writer.file(path.name)
         artifact = self.writer.commit(steps=self.steps, epochs=self.windows / len(self.data))
         (artifact.path / preflight.RUN).unlink(missing_ok=True)

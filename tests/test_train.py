@@ -1,6 +1,7 @@
 """The trainer against the official dense formulation."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -158,6 +159,20 @@ def test_training_learns_and_the_result_loads(data, tmp_path, objective):
     assert lines == result.metrics
     assert (rows[0]["kl"] is None) == (objective == "ce")
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_a_tokenizer_may_write_any_file(data, tmp_path):
+    class Chatty(type(tiny_tokenizer())):
+        def save_pretrained(self, directory, **options):
+            saved = super().save_pretrained(directory, **options)
+            (Path(directory) / "Additional-Templates").mkdir()
+            (Path(directory) / "Read-Me.md").write_text("hello")
+            return saved
+
+    tokenizer = Chatty(tokenizer_object=tiny_tokenizer().backend_tokenizer)
+    result = train(config(data, tmp_path / "out", tokenizer=tokenizer, max_steps=1))
+    assert (result.path / "Read-Me.md").read_text() == "hello"
+    assert (result.path / "Additional-Templates").is_dir()
 
 
 def test_bfloat16_stays_close_to_float32(data, tmp_path):

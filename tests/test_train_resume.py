@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from mdkernels import checkpoint
 from mdkernels.artifact import ArtifactError
+from mdkernels.evaluate import evaluate
 from mdkernels.train import TrainConfig, train
 
 
@@ -273,3 +274,23 @@ def test_unknown_settings_name_the_nearest():
         TrainConfig.from_dict({"learning_rat": 1})
     with pytest.raises(ValueError, match="did you mean 'batch_size'"):
         TrainConfig.from_dict({"batchsize": 1})
+
+
+def test_a_damaged_or_unfinished_run_is_no_model(data, tmp_path):
+    corpus, _ = data
+    out = tmp_path / "out"
+    train(config(data, out))
+    whole = (out / "model.safetensors").read_bytes()
+    altered = whole[:-40] + bytes(4) + whole[-36:]
+    for damaged, message in ((whole[:-8], "has .* bytes"), (altered, "was altered")):
+        (out / "model.safetensors").write_bytes(damaged)
+        with pytest.raises(ArtifactError, match=rf"model.safetensors: {message}"):
+            evaluate(out, None, corpus, block=32)
+        with pytest.raises(ArtifactError, match=r"model.safetensors"):
+            train(config(data, tmp_path / "next", model=out))
+    (out / "model.safetensors").write_bytes(whole)
+    assert evaluate(out, None, corpus, block=32)["base"]["perplexity"] > 1
+    with pytest.raises(Stop):
+        train(config(data, tmp_path / "stopped", save_every=1, eval_every=1), on_eval=stop_at(2))
+    with pytest.raises(ArtifactError, match=r"unfinished run left .*stopped.partial"):
+        evaluate(tmp_path / "stopped", None, corpus, block=32)
