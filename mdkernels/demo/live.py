@@ -70,18 +70,16 @@ def compare_losses(
         labels.to(targets.device),
         SparseTargets(targets.row_offsets, targets.token_ids, targets.probs.float()),
     )
-    buffer = torch.empty_like(source)
 
     def call(loss: Callable[..., Tensor]) -> tuple[float, Tensor, Tensor]:
-        logits = buffer.copy_(source).detach().requires_grad_()
-        # In-place writing needs a tensor that autograd made, as an LM head's output is.
-        view = logits.view_as(logits)
+        leaf = source.detach().requires_grad_()
+        logits = leaf.clone()  # an intermediate result, as an LM head's output is
         _synchronise(logits)
         began = time.perf_counter()
-        value = loss(view, targets, labels)
+        value = loss(logits, targets, labels)
         value.backward()
         _synchronise(logits)
-        return time.perf_counter() - began, value.detach(), logits.grad
+        return time.perf_counter() - began, value.detach(), leaf.grad
 
     _, expected, gradient = call(dense_loss)
     _, found, fused_gradient = call(fused_loss)
