@@ -270,12 +270,21 @@ class _Run:
 
     def _commit(self) -> None:
         """Model, tokenizer and metrics become the artefact."""
-        before = {path.name for path in self.work.iterdir()} - {"metrics.jsonl"}
-        checkpoint.save_model(self.work, self.model, self.tokenizer)
-        for path in sorted(self.work.iterdir()):
-            # Files of other names (a tokenizer may write what it likes) are kept without a checksum.
-            if path.name not in before and path.is_file() and FILE_NAME.fullmatch(path.name):
-                self.writer.file(path.name)
+        staging = self.work / "model"
+        shutil.rmtree(staging, ignore_errors=True)
+        checkpoint.save_model(staging, self.model, self.tokenizer)
+        names = ["metrics.jsonl"]
+        for path in sorted(staging.iterdir()):
+            target = self.work / path.name
+            if target.is_dir():
+                shutil.rmtree(target)
+            path.replace(target)
+            names.append(path.name)
+        staging.rmdir()
+        for name in names:
+            # A tokenizer may write what it likes; other names are kept, without a checksum.
+            if (self.work / name).is_file() and FILE_NAME.fullmatch(name):
+                self.writer.file(name)
         artifact = self.writer.commit(steps=self.steps, epochs=self.windows / len(self.data))
         (artifact.path / preflight.RUN).unlink(missing_ok=True)
 
