@@ -19,6 +19,11 @@ from . import cli_commands
 from .cli_stages import STAGES, Option, Stage
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=28)
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are one line; the usage is what --help is for."""
 
@@ -33,7 +38,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     parser = build_parser()
-    arguments, unknown = parser.parse_known_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    names = [stage.name for stage in STAGES]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        near = _nearest(words[0], names) or f", there are {', '.join(names)}"
+        parser.error(f"unknown stage {words[0]!r}{near}")
+    arguments, unknown = parser.parse_known_args(words)
     stage: Stage | None = getattr(arguments, "stage", None)
     if stage is None:
         parser.print_help()
@@ -65,10 +75,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mdkernels",
-        description="Memory Decoder: train a small model to imitate a kNN retriever and mix it "
+        description="Memory Decoder: train a small model to imitate a kNN retriever and mix it\n"
         "with any base model of the same tokenizer.",
-        epilog="A run goes through the stages in this order. `mdkernels STAGE --help` shows "
+        epilog="A run goes through the stages in this order. `mdkernels STAGE --help` shows\n"
         "options, defaults and an example.",
+        formatter_class=_Formatter,
         allow_abbrev=False,
     )
     subparsers = parser.add_subparsers(metavar="STAGE", title="stages")
@@ -78,7 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
             help=stage.summary,
             description=stage.summary[0].upper() + stage.summary[1:] + ".",
             epilog=f"example:\n  {stage.example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            usage=_usage(stage),
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
         for option in stage.options:
@@ -98,11 +110,16 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _usage(stage: Stage) -> str:
+    needed = [f"{o.flag} {o.metavar}" for o in stage.options if o.required]
+    return " ".join(["mdkernels", stage.name, *needed, *(["[options]"] if stage.options else [])])
+
+
 def _add(parser: argparse.ArgumentParser, option: Option) -> None:
     help_text = option.help
     if option.required:
         help_text += " [required]"
-    elif option.default not in (None, False, True):
+    elif option.default is not None and not isinstance(option.default, bool):
         help_text += f" (default: {option.default})"
     # What is not given stays out of the namespace: a config file may then supply it, and else the
     # function's own default applies.

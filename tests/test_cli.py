@@ -57,7 +57,7 @@ def test_help_shows_defaults_and_an_example_that_parses(stage, capsys):
     assert stage.example in out
     for option in stage.options:
         assert option.flag in out
-        if option.default not in (None, True, False):
+        if option.default is not None and not isinstance(option.default, bool):
             assert f"(default: {option.default})" in " ".join(out.split())
     import shlex
 
@@ -95,14 +95,14 @@ def test_module_entry_point():
         [sys.executable, "-m", "mdkernels", "nonsense"], capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 2
-    assert done.stderr.startswith("mdkernels: error: ")
-    assert "nonsense" in done.stderr
+    assert done.stderr.startswith("mdkernels: error: unknown stage 'nonsense', there are corpus,")
     assert time.perf_counter() - began < 60
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["trian"], "unknown stage 'trian', did you mean 'train'?"),
         (["train", "--lrr", "1"], "unknown argument '--lrr', did you mean '--lr'?"),
         (["train", "--out", "x"], "missing --corpus, --model; for example: mdkernels train"),
         (["train", "--block", "many"], "argument --block: invalid int value: 'many'"),
@@ -119,7 +119,8 @@ def test_errors_are_one_line_and_status_2(arguments, message, capsys, tmp_path, 
     status, out, err = run(*arguments, capsys=capsys)
     assert status == 2
     assert out == ""
-    assert err.startswith(f"mdkernels {arguments[0]}: error: ")
+    assert err.startswith("mdkernels")
+    assert ": error: " in err
     assert err.count("\n") == 1
     assert message in err
     assert "Traceback" not in err
