@@ -74,6 +74,17 @@ def test_a_corpus_shorter_than_the_block_is_one_window(tmp_path):
     assert (found - naive_logprobs(model, corpus, 64, 32)).abs().max() < 3e-6
 
 
+@pytest.mark.slow
+def test_compiled_and_autocast_trunks(text):
+    corpus, _ = text
+    model = tiny_model("llama", layers=1)
+    plain = gold_logprobs(model, corpus, block=32, batch_size=7)
+    compiled = gold_logprobs(model, corpus, block=32, batch_size=7, compile=True)
+    torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
+    low = gold_logprobs(model, corpus, block=32, autocast=torch.bfloat16)
+    assert 0 < (low - plain).abs().mean() < 0.02
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_chunked_head_does_not_depend_on_the_chunk(bias):
     torch.manual_seed(0)
