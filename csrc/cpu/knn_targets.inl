@@ -20,9 +20,9 @@ MDK_INLINE int64_t knn_fault(MdkKnnScratch* s, MdkKnnFault what, int64_t column,
 template <class Id>
 MDK_INLINE int64_t knn_select(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t row, const Id* ids,
                               int64_t* spare) {
-  const float* distances = a->distances + row * a->distance_stride;
+  const float* __restrict__ distances = a->distances + row * a->distance_stride;
   const int64_t own = a->exclude_ids ? a->exclude_ids[row] : -1, count = a->neighbors;
-  float* out = s->weights;
+  float* __restrict__ out = s->weights;
   // Two loops without a branch, in the form that compilers turn into vector code.
   Id low = 0, high = -1;
   for (int64_t i = 0; i < count; ++i) {
@@ -34,31 +34,38 @@ MDK_INLINE int64_t knn_select(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t 
       if (ids[i] < -1 || ids[i] >= a->num_values) return knn_fault(s, MDK_KNN_ID, i, ids[i]);
   *spare = low < 0 ? high : -1;
 
-  bool bad_distance = false;
+  const uint32_t infinity = 0x7f800000;
   for (int64_t i = 0; i < count; ++i) {
     const int64_t id = ids[i];
-    const float d = (id >= 0) & (id != own) ? distances[i] : INFINITY;
-    bad_distance |= !(d > -INFINITY);
-    out[i] = d;
+    const uint32_t counts = -(uint32_t)((id >= 0) & (id != own));
+    uint32_t bits;
+    memcpy(&bits, distances + i, 4);
+    bits = (bits & counts) | (infinity & ~counts);
+    memcpy(out + i, &bits, 4);
   }
-  if (bad_distance)
-    for (int64_t i = 0;; ++i)
-      if (!(out[i] > -INFINITY)) return knn_fault(s, MDK_KNN_DISTANCE, i, ids[i]);
   return 0;
 }
 
-// weights <- exp((nearest - distance) / temperature); false if no neighbour is at a finite
-// distance. Meanwhile the next row is requested: left to the hardware, reading it takes as long as
-// the rest.
+// weights <- exp((nearest - distance) / temperature). Returns 1, or 0 if no neighbour is at a
+// finite distance, or a fault. Meanwhile the next row is requested: left to the hardware, reading
+// it takes as long as the rest.
 template <class Id>
-MDK_INLINE bool knn_weigh(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t row, const Id* ids,
-                          ValueRequests<Id>* requests) {
+MDK_INLINE int64_t knn_weigh(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t row, const Id* ids,
+                             ValueRequests<Id>* requests) {
   float* w = s->weights;
   for (int64_t i = a->neighbors; i % W != 0 || i == 0; ++i) w[i] = INFINITY;
-  vf low = vset(INFINITY);
-  for (int64_t i = 0; i < a->neighbors; i += W) low = vmin(vload(w + i), low);
-  const float nearest = -vhmax(vset(0.0f) - low);
-  if (!(nearest < INFINITY)) return false;
+  const vf largest = vset(-kLowest), zero = vset(0.0f);
+  vf low = vset(INFINITY), poison = zero;
+  for (int64_t i = 0; i < a->neighbors; i += W) {
+    const vf x = vload(w + i);
+    low = vmin(x, low);
+    poison = vfma(vmin(largest, x), zero, poison);  // NaN for NaN and -inf, which +inf is not
+  }
+  if (vhsum(poison) != 0.0f)
+    for (int64_t i = 0;; ++i)
+      if (!(w[i] > -INFINITY)) return knn_fault(s, MDK_KNN_DISTANCE, i, ids[i]);
+  const float nearest = -vhmax(zero - low);
+  if (!(nearest < INFINITY)) return 0;
   const vf reference = vset(nearest), scale = vset(a->scale);
   const int64_t ahead = row + 1 < a->rows ? 1 : 0;
   const float* next_distances = a->distances + (row + ahead) * a->distance_stride;
@@ -70,7 +77,7 @@ MDK_INLINE bool knn_weigh(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t row,
     request_values(requests, W / 4);
     vstore(w + i, vexp2((reference - vload(w + i)) * scale));
   }
-  return true;
+  return 1;
 }
 
 // tokens <- those of the neighbours. One that was not found takes the token of entry `spare`; its
@@ -132,7 +139,7 @@ MDK_INLINE int64_t knn_targets_typed(const MdkKnnTargets* a, MdkKnnScratch* s, i
   int64_t spare;
   if (const int64_t fault = knn_select(a, s, row, ids, &spare)) return fault;
   ValueRequests<Id> requests = value_requests(a, row, ids);
-  if (!knn_weigh(a, s, row, ids, &requests)) return 0;
+  if (const int64_t found = knn_weigh(a, s, row, ids, &requests); found <= 0) return found;
   const int64_t fault = a->narrow_values ? knn_gather<Id, int32_t>(a, s, ids, spare, &requests)
                                          : knn_gather<Id, int64_t>(a, s, ids, spare, &requests);
   if (fault < 0) return fault;
