@@ -82,7 +82,7 @@ def test_help_imports_nothing_heavy():
         "import sys; from mdkernels import cli\n"
         "try: cli.main(['train', '--help'])\n"
         "except SystemExit: pass\n"
-        "print(*[m for m in ('transformers', 'faiss', 'tokenizers') if m in sys.modules])"
+        "print(*[m for m in ('torch', 'numpy', 'transformers', 'faiss') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
