@@ -14,6 +14,7 @@ from hashlib import blake2b
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -162,7 +163,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 def _load(what: str, load: Callable[..., Any], name: str | os.PathLike, **options: Any) -> Any:
     try:
         return load(os.fspath(name), **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ValueError(
             f"cannot load a {what} from {os.fspath(name)!r}: {error}. Pass a local directory in "
             "the Hugging Face layout or a hub id"

@@ -250,6 +250,14 @@ def test_unknown_family_and_missing_model(tmp_path):
         load_model(tmp_path / "nowhere")
 
 
+def test_a_truncated_checkpoint_is_named(tmp_path):
+    path = save_tiny_checkpoint(tmp_path / "model", "llama")
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cannot load a model from '.*model'"):
+        load_model(path)
+
+
 def test_tokenizer_hash_follows_content():
     tokenizer = tiny_tokenizer()
     same = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token=EOS)
