@@ -11,50 +11,65 @@ MDK_INLINE MixAffine mix_affine(const MdkMixTerm* term) {
   return MixAffine{vset(term->max), vset(term->scale), vset(term->offset)};
 }
 
-// log(e^a + e^b). Two -inf give -inf: the finite floor keeps their difference from being NaN.
-MDK_INLINE vf vlogaddexp(vf a, vf b) {
-  const vf high = vmax(a, b), low = vmin(a, b);
-  const vf ratio = vexp2((low - vmax(high, vset(kLowest))) * vset(kLog2E));
-  return high + vlog1p_unit(ratio);
-}
-
+// A body computes a[u] from a[u] and b[u] for U vectors in step.
 struct MixPair {
   MixAffine f, g;
   vf shift;
-  MDK_INLINE vf operator()(vf a, vf b) const { return vlogaddexp(f(a), g(b)) + shift; }
+  // log(e^f(a) + e^g(b)) + shift. Two -inf give -inf: the finite floor keeps their difference from
+  // being NaN.
+  template <int U>
+  MDK_INLINE void apply(vf* a, vf* b) const {
+    vf high[U];
+    for (int u = 0; u < U; ++u) a[u] = f(a[u]);
+    for (int u = 0; u < U; ++u) b[u] = g(b[u]);
+    for (int u = 0; u < U; ++u) high[u] = vmax(a[u], b[u]);
+    for (int u = 0; u < U; ++u) b[u] = vmin(a[u], b[u]);
+    for (int u = 0; u < U; ++u) b[u] = b[u] - vmax(high[u], vset(kLowest));
+    for (int u = 0; u < U; ++u) b[u] = b[u] * vset(kLog2E);
+    vexp2_each<U>(b);
+    vlog1p_unit<U>(b);
+    for (int u = 0; u < U; ++u) a[u] = (high[u] + b[u]) + shift;
+  }
 };
 struct MixSingle {
   MixAffine f;
   vf shift;
-  MDK_INLINE vf operator()(vf a, vf) const { return f(a) + shift; }
+  template <int U>
+  MDK_INLINE void apply(vf* a, vf*) const {
+    for (int u = 0; u < U; ++u) a[u] = f(a[u]) + shift;
+  }
 };
 
 // out[0, n) = body(a[0, n), b[0, n)), with stores that bypass the caches if `streaming`.
 template <bool streaming, class A, class B, class Body>
 MDK_INLINE void mix_map(const A* a, const B* b, int64_t n, float* out, Body body) {
+  constexpr int U = kInStep;
+  const auto part = [&](int64_t i, int64_t size) {
+    vf x = load1_part(a + i, size, 0.0f), y = load1_part(b + i, size, 0.0f);
+    body.template apply<1>(&x, &y);
+    store1_part(out + i, size, x);
+  };
   int64_t i = 0;
   if (streaming) {  // such a store needs an aligned address
     constexpr uintptr_t line = 64 / sizeof(float);
     const int64_t misaligned = (int64_t)((0 - (uintptr_t)out / sizeof(float)) % line);
     const int64_t head = misaligned < n ? misaligned : n;
-    while (i < head) {
-      const int64_t size = head - i < W ? head - i : W;
-      const vf y = body(load1_part(a + i, size, 0.0f), load1_part(b + i, size, 0.0f));
-      store1_part(out + i, size, y);
-      i += size;
+    for (; i < head; i += W) part(i, head - i < W ? head - i : W);
+    i = head;
+  }
+  vf x[U], y[U];
+  for (; i + U * W <= n; i += U * W) {
+    for (int u = 0; u < U; ++u) x[u] = load1(a + i + u * W);
+    for (int u = 0; u < U; ++u) y[u] = load1(b + i + u * W);
+    body.template apply<U>(x, y);
+    for (int u = 0; u < U; ++u) {
+      if (streaming)
+        vstream(out + i + u * W, x[u]);
+      else
+        vstore(out + i + u * W, x[u]);
     }
   }
-  for (; i + W <= n; i += W) {
-    const vf y = body(load1(a + i), load1(b + i));
-    if (streaming)
-      vstream(out + i, y);
-    else
-      vstore(out + i, y);
-  }
-  if (i < n) {
-    const vf y = body(load1_part(a + i, n - i, 0.0f), load1_part(b + i, n - i, 0.0f));
-    store1_part(out + i, n - i, y);
-  }
+  for (; i < n; i += W) part(i, n - i < W ? n - i : W);
 }
 template <class A, class B, class Body>
 MDK_INLINE void mix_map_to(const A* a, const B* b, int64_t n, float* out, int streaming,

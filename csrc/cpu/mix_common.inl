@@ -15,8 +15,9 @@ MDK_INLINE vf load1(const f16_t* p) {
 MDK_INLINE void vstream(float* p, vf x) { _mm512_stream_ps(p, x); }
 MDK_INLINE void stream_fence() { _mm_sfence(); }
 MDK_INLINE uint32_t vmask_ge(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-MDK_INLINE vf vone_where_ge(vf a, vf b) {
-  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), vset(1.0f));
+// sum + x in the lanes where a >= b, else sum
+MDK_INLINE vf vadd_where_ge(vf a, vf b, vf sum, vf x) {
+  return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), sum, x);
 }
 #elif defined(MDK_ISA_AVX2)
 MDK_INLINE vf load1(const bf16_t* p) {
@@ -29,8 +30,8 @@ MDK_INLINE void stream_fence() { _mm_sfence(); }
 MDK_INLINE uint32_t vmask_ge(vf a, vf b) {
   return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ));
 }
-MDK_INLINE vf vone_where_ge(vf a, vf b) {
-  return _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), vset(1.0f));
+MDK_INLINE vf vadd_where_ge(vf a, vf b, vf sum, vf x) {
+  return sum + _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), x);
 }
 #else
 template <class T>
@@ -46,8 +47,42 @@ MDK_INLINE uint32_t vmask_ge(vf a, vf b) {
   for (int i = 0; i < W; ++i) mask |= (uint32_t)(a[i] >= b[i]) << i;
   return mask;
 }
-MDK_INLINE vf vone_where_ge(vf a, vf b) { return (vf)((vi)(a >= b) & (vi)vset(1.0f)); }
+MDK_INLINE vf vadd_where_ge(vf a, vf b, vf sum, vf x) { return sum + (vf)((vi)(a >= b) & (vi)x); }
 #endif
+
+// Vectors that advance in step through a long chain of dependent operations: as many as it takes to
+// fill the pipelines, as few as the registers hold.
+#if defined(MDK_ISA_AVX512)
+constexpr int kInStep = 4;
+#else
+constexpr int kInStep = 2;
+#endif
+
+#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
+constexpr bool kFused = true;  // vfma rounds once
+#else
+constexpr bool kFused = false;
+#endif
+
+// t[u] <- 2^t[u], as vexp2.
+template <int U>
+MDK_INLINE void vexp2_each(vf* t) {
+  constexpr float coefs[] = {kExp2C4, kExp2C3, kExp2C2, kExp2C1, kExp2C0};
+  vf f[U], n[U], y[U];
+#if defined(MDK_ISA_AVX512)
+  for (int u = 0; u < U; ++u)
+    f[u] = _mm512_reduce_ps(t[u], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  for (int u = 0; u < U; ++u) n[u] = t[u] - f[u];
+#else
+  for (int u = 0; u < U; ++u) f[u] = vmin(vset(127.0f), vmax(vset(-126.0f), t[u]));
+  for (int u = 0; u < U; ++u) n[u] = vround(f[u]);
+  for (int u = 0; u < U; ++u) f[u] = f[u] - n[u];
+#endif
+  for (int u = 0; u < U; ++u) y[u] = vset(kExp2C5);
+  for (const float coef : coefs)
+    for (int u = 0; u < U; ++u) y[u] = vfma(y[u], f[u], vset(coef));
+  for (int u = 0; u < U; ++u) t[u] = vldexp(y[u], n[u], t[u]);
+}
 
 // The first n < W elements, the rest `pad`.
 template <class T>
@@ -62,70 +97,107 @@ MDK_INLINE void store1_part(float* p, int64_t n, vf x) {
   for (int i = 0; i < n; ++i) p[i] = s[i];
 }
 
-// The reference of a row's sums: the maximum of its head, finite. A block that rises so far above
-// it that fp32 could overflow takes its own maximum instead. No block looks at another one, which
+// Sums of exp((x - reference) * scale) over one block of a row. All blocks share the maximum of the
+// row's head as their reference, unless a block rises so far above it that fp32 could overflow, or
+// the head is masked; such a block takes its own maximum. No block looks at another one, which
 // makes the sums independent of how a row is split.
 template <class T>
-MDK_INLINE float mix_reference(const T* x, int64_t width) {
-  const float head = block_max(x, width < kMixPart ? width : kMixPart);
-  return head > kLowest ? head : kLowest;
-}
+struct MixSums {
+  const T* x;
+  int64_t width;
+  float scale, reference;
+  bool has_reference;
+  vf slope;         // scale * log2(e)
+  vf minus_origin;  // reference * slope, rounded
+  float correction;
 
-// Sum over x[0, n) of exp((x - reference) * scale). With kMaxima, the lane maxima of every part
-// of kMixPart elements go to `maxima`, W floats each.
-template <bool kMaxima, class T>
-MDK_INLINE float mix_block_sum(const T* x, int64_t n, float reference, float scale, float* maximum,
-                               float* maxima) {
-  const vf r = vset(reference), k = vset(scale * kLog2E);
-  vf s0 = vset(0.0f), s1 = s0, s2 = s0, s3 = s0, top = vset(-INFINITY), a, b, c, d;
-  for (int64_t part = 0; part < n; part += kMixPart) {
-    const int64_t stop = n - part < kMixPart ? n : part + kMixPart;
-    vf m0 = vset(-INFINITY), m1 = m0;
-    int64_t i = part;
-    for (; i + 4 * W <= stop; i += 4 * W) {
-      load2(x + i, &a, &b);
-      load2(x + i + 2 * W, &c, &d);
-      m0 = vmax(vmax(a, c), m0);
-      m1 = vmax(vmax(b, d), m1);
-      s0 += vexp2((a - r) * k);
-      s1 += vexp2((b - r) * k);
-      s2 += vexp2((c - r) * k);
-      s3 += vexp2((d - r) * k);
+  MixSums(const T* row, int64_t n, float s) : x(row), width(n), scale(s) {
+    const float k = s * kLog2E;
+    reference = block_max(x, n < kMixPart ? n : kMixPart);
+    const float origin = reference * k;
+    // A masked head, be it with -inf or with a very low number, is no reference for the others.
+    has_reference = fabsf(origin) < 1e30f;
+    slope = vset(k);
+    minus_origin = vset(-origin);
+    // What the rounding of the origin shifts is the same for all, and taken back from the sum.
+    correction = kFused ? (float)exp2((double)origin - (double)reference * (double)k) : 1.0f;
+  }
+
+  MDK_INLINE vf exponent(vf a) const {
+    // Fused: exact but for one rounding. Otherwise the product alone would lose digits at 1e4.
+    return kFused ? vfma(a, slope, minus_origin) : (a - vset(reference)) * slope;
+  }
+
+  // With kMaxima, the lane maxima of every part of kMixPart elements go to `maxima`, W floats each.
+  template <bool kMaxima>
+  MDK_INLINE float sum_shared(int64_t begin, int64_t end, float* maximum, float* maxima) const {
+    constexpr int U = 4;
+    vf s[U], top = vset(-INFINITY);
+    for (int u = 0; u < U; ++u) s[u] = vset(0.0f);
+    for (int64_t part = begin; part < end; part += kMixPart) {
+      const int64_t stop = end - part < kMixPart ? end : part + kMixPart;
+      vf m[U], t[U];
+      for (int u = 0; u < U; ++u) m[u] = vset(-INFINITY);
+      int64_t i = part;
+      for (; i + U * W <= stop; i += U * W) {
+        for (int u = 0; u < U; u += 2) load2(x + i + u * W, t + u, t + u + 1);
+        for (int u = 0; u < U; ++u) m[u] = vmax(t[u], m[u]);
+        for (int u = 0; u < U; ++u) t[u] = exponent(t[u]);
+        vexp2_each<U>(t);
+        for (int u = 0; u < U; ++u) s[u] += t[u];
+      }
+      for (; i < stop; i += 2 * W) {
+        if (i + 2 * W <= stop)
+          load2(x + i, t, t + 1);
+        else
+          load2_tail(x + i, stop - i, -INFINITY, t, t + 1);
+        for (int u = 0; u < 2; ++u) m[u] = vmax(t[u], m[u]);
+        for (int u = 0; u < 2; ++u) t[u] = exponent(t[u]);
+        vexp2_each<2>(t);
+        for (int u = 0; u < 2; ++u) s[u] += t[u];
+      }
+      m[0] = vmax(vmax(m[0], m[1]), vmax(m[2], m[3]));
+      if (kMaxima) vstore(maxima + part / kMixPart * W, m[0]);
+      top = vmax(m[0], top);
     }
-    for (; i < stop; i += 2 * W) {
-      if (i + 2 * W <= stop)
+    *maximum = vhmax(top);
+    return vhsum((s[0] + s[1]) + (s[2] + s[3])) * correction;
+  }
+
+  // Against the block's own maximum, with the subtraction first.
+  MDK_INLINE float sum_own(int64_t begin, int64_t end, float own) const {
+    const vf r = vset(own);
+    vf s0 = vset(0.0f), s1 = s0, a, b;
+    for (int64_t i = begin; i < end; i += 2 * W) {
+      if (i + 2 * W <= end)
         load2(x + i, &a, &b);
       else
-        load2_tail(x + i, stop - i, -INFINITY, &a, &b);
-      m0 = vmax(a, m0);
-      m1 = vmax(b, m1);
-      s0 += vexp2((a - r) * k);
-      s1 += vexp2((b - r) * k);
+        load2_tail(x + i, end - i, -INFINITY, &a, &b);
+      s0 += vexp2((a - r) * slope);
+      s1 += vexp2((b - r) * slope);
     }
-    m0 = vmax(m0, m1);
-    if (kMaxima) vstore(maxima + part / kMixPart * W, m0);
-    top = vmax(m0, top);
+    return vhsum(s0 + s1);
   }
-  *maximum = vhmax(top);
-  return vhsum((s0 + s1) + (s2 + s3));
-}
+
+  template <bool kMaxima>
+  MDK_INLINE MdkMixBlock block(int64_t index, float* maxima) const {
+    const int64_t begin = index * kMixBlock;
+    const int64_t end = width - begin < kMixBlock ? width : begin + kMixBlock;
+    float maximum;
+    const float sum = sum_shared<kMaxima>(begin, end, &maximum, maxima);
+    if (has_reference && !((maximum - reference) * scale > kRescaleAbove))
+      return MdkMixBlock{reference, sum};
+    const float own = maximum > kLowest ? maximum : kLowest;
+    return MdkMixBlock{own, sum_own(begin, end, own)};
+  }
+};
 
 template <bool kMaxima, class T>
 void mix_sums_typed(const T* x, int64_t width, float scale, int64_t block_begin, int64_t block_end,
                     MdkMixBlock* blocks, float* maxima) {
-  const float reference = mix_reference(x, width);
-  for (int64_t block = block_begin; block < block_end; ++block) {
-    const int64_t i = block * kMixBlock;
-    const int64_t n = width - i < kMixBlock ? width - i : kMixBlock;
-    float* out = kMaxima ? maxima + i / kMixPart * W : nullptr;
-    float maximum, used = reference;
-    float sum = mix_block_sum<kMaxima>(x + i, n, used, scale, &maximum, out);
-    if ((maximum - used) * scale > kRescaleAbove) {
-      used = maximum;
-      sum = mix_block_sum<false>(x + i, n, used, scale, &maximum, nullptr);
-    }
-    blocks[block] = MdkMixBlock{used, sum};
-  }
+  const MixSums<T> sums(x, width, scale);
+  for (int64_t i = block_begin; i < block_end; ++i)
+    blocks[i] = sums.template block<kMaxima>(i, maxima);
 }
 
 template <class T>

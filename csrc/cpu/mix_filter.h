@@ -19,9 +19,17 @@ struct MixCutoff {
   int64_t last_tie;
 };
 
+// Scratch: the tokens that a filter still has to tell apart, in the order of their ids.
+struct MixCandidates {
+  std::vector<int32_t> ids;
+  std::vector<float> scores;
+  std::vector<float> work;
+  int64_t count = 0;  // the vectors only ever grow
+};
+
 // scores[0, width) with the maxima of its groups of kMixGroup; a token's probability is
-// proportional to exp((score - max) * scale). `ids` is scratch.
+// proportional to exp((score - max) * scale).
 MixCutoff mix_cutoff(const MixFilter& filter, const float* scores, const float* group_maxima,
-                     int64_t width, float max, float scale, std::vector<int32_t>& ids);
+                     int64_t width, float max, float scale, MixCandidates& candidates);
 
 }  // namespace mdk

@@ -10,6 +10,7 @@
 constexpr int kMixTerms = 16;        // models in one mixture
 constexpr int64_t kMixBlock = 2048;  // elements per partial sum
 constexpr int64_t kMixPart = 512;    // elements per set of lane maxima (mix_argmax)
+constexpr int kMixBounds = 8;        // thresholds that are measured at a time
 constexpr int64_t kMixGroup = 64;    // elements per maximum (mix_sample)
 
 // Sum over one block of exp((x - reference) * scale).
@@ -29,6 +30,7 @@ struct MdkMixTerm {
 // Kept: score > cutoff, or score == cutoff and id <= last_tie.
 struct MdkRace {
   const float* scores;
+  const float* group_maxima;
   float max, scale;
   float cutoff;
   int64_t last_tie;
@@ -52,11 +54,12 @@ struct MdkMixKernels {
                int64_t part_end, float* score, int64_t* id);
   // Maxima of the groups of scores[0, n): how mix_sample narrows a search without sorting.
   void (*group_max)(const float* scores, int64_t n, float* maxima);
-  // ids of scores >= bound, in order, at most `capacity`; the count may be larger.
-  int64_t (*collect)(const float* scores, int64_t n, float bound, int32_t* ids, int64_t capacity);
-  // mass[i], tokens[i]: sum of exp((score - max) * scale), and number, over scores >= bounds[i].
+  // ids and scores of low <= score < high, in order; room for n. Returns how many.
+  int64_t (*collect)(const float* scores, int64_t n, float low, float high, int32_t* ids,
+                     float* kept);
+  // mass[i]: sum of exp((score - max) * scale) over scores >= bounds[i], for kMixBounds bounds.
   void (*mass_above)(const float* scores, int64_t n, float max, float scale, const float* bounds,
-                     int count, double* mass, int64_t* tokens);
+                     double* mass);
   // begin is a multiple of kMixGroup.
   void (*race)(MdkRace* race, int64_t begin, int64_t end);
   int lanes;  // W

@@ -15,45 +15,43 @@ void mix_group_max(const float* scores, int64_t n, float* maxima) {
   }
 }
 
-int64_t mix_collect(const float* scores, int64_t n, float bound, int32_t* ids, int64_t capacity) {
+int64_t mix_collect(const float* scores, int64_t n, float low, float high, int32_t* ids,
+                    float* kept) {
   int64_t count = 0;
-  const vf limit = vset(bound);
+  const vf from = vset(low), to = vset(high);
   for (int64_t i = 0; i < n; i += W) {
-    uint32_t mask = vmask_ge(load_scores(scores + i, n - i), limit);
+    const vf s = load_scores(scores + i, n - i);
+    uint32_t mask = vmask_ge(s, from) & ~vmask_ge(s, to);
     if (n - i < W) mask &= (1u << (n - i)) - 1;  // the padding may equal a bound of -inf
     for (; mask; mask &= mask - 1) {
-      if (count < capacity) ids[count] = (int32_t)(i + __builtin_ctz(mask));
-      ++count;
+      const int64_t id = i + __builtin_ctz(mask);
+      ids[count] = (int32_t)id;
+      kept[count++] = scores[id];
     }
   }
   return count;
 }
 
 void mix_mass_above(const float* scores, int64_t n, float max, float scale, const float* bounds,
-                    int count, double* mass, int64_t* tokens) {
-  constexpr int kMost = 8;
+                    double* mass) {
   const vf reference = vset(max), k = vset(scale * kLog2E);
-  for (int t = 0; t < count; ++t) {
+  vf limits[kMixBounds];
+  for (int t = 0; t < kMixBounds; ++t) {
+    limits[t] = vset(bounds[t]);
     mass[t] = 0.0;
-    tokens[t] = 0;
   }
   for (int64_t block = 0; block < n; block += kMixBlock) {
     const int64_t stop = n - block < kMixBlock ? n : block + kMixBlock;
-    vf sums[kMost], counts[kMost];
-    for (int t = 0; t < count; ++t) sums[t] = counts[t] = vset(0.0f);
-    for (int64_t i = block; i < stop; i += W) {
-      const vf s = load_scores(scores + i, stop - i);
-      const vf q = vexp2((s - reference) * k);
-      for (int t = 0; t < count; ++t) {
-        const vf keep = vone_where_ge(s, vset(bounds[t]));
-        sums[t] = vfma(keep, q, sums[t]);
-        counts[t] += keep;
-      }
+    vf sums[kMixBounds], s[kInStep], q[kInStep];
+    for (int t = 0; t < kMixBounds; ++t) sums[t] = vset(0.0f);
+    for (int64_t i = block; i < stop; i += kInStep * W) {
+      for (int u = 0; u < kInStep; ++u) s[u] = load_scores(scores + i + u * W, stop - i - u * W);
+      for (int u = 0; u < kInStep; ++u) q[u] = (s[u] - reference) * k;
+      vexp2_each<kInStep>(q);
+      for (int t = 0; t < kMixBounds; ++t)
+        for (int u = 0; u < kInStep; ++u) sums[t] = vadd_where_ge(s[u], limits[t], sums[t], q[u]);
     }
-    for (int t = 0; t < count; ++t) {
-      mass[t] += (double)vhsum(sums[t]);
-      tokens[t] += (int64_t)vhsum(counts[t]);
-    }
+    for (int t = 0; t < kMixBounds; ++t) mass[t] += (double)vhsum(sums[t]);
   }
 }
 
@@ -68,30 +66,37 @@ MDK_INLINE double race_exponential(uint64_t seed, uint64_t offset, int64_t token
 // E >= v, so a token whose v already exceeds best key * probability cannot win: the logarithm and
 // the low word are only computed for the handful that pass.
 void mix_race(MdkRace* race, int64_t begin, int64_t end) {
+  constexpr int U = 4, kTokens = U * W;  // a quarter of a group at least, never across two
+  static_assert(kMixGroup % kTokens == 0, "a step must not cross the end of a group");
   const vf reference = vset(race->max), k = vset(race->scale * kLog2E);
   const vf cutoff = vset(race->cutoff);
+  const PhiloxStream stream(race->seed, race->offset);
   constexpr double kMargin = 0x1p24 * 1.0001;  // units of 2^-24, and the rounding of q
   vf limit = vset((float)(race->key * kMargin));
-  for (int64_t i = begin; i < end; i += 2 * W) {
-    const vf sa = load_scores(race->scores + i, end - i);
-    const vf sb = load_scores(race->scores + i + W, end - i - W);
-    const uint32_t kept = vmask_ge(sa, cutoff) | vmask_ge(sb, cutoff) << W;
-    if (kept == 0) continue;
-    const vf qa = vexp2((sa - reference) * k), qb = vexp2((sb - reference) * k);
-    vf ua, ub;
-    philox_high24(race->seed, race->offset, i, &ua, &ub);
-    uint32_t pass = kept & (vmask_ge(qa * limit, ua) | vmask_ge(qb * limit, ub) << W);
+  for (int64_t i = begin; i < end; i += kTokens) {
+    if (!(race->group_maxima[i / kMixGroup] >= race->cutoff)) continue;
+    vf q[U], v[U];
+    uint64_t pass = 0;
+    for (int u = 0; u < U; ++u) q[u] = load_scores(race->scores + i + u * W, end - i - u * W);
+    for (int u = 0; u < U; ++u) pass |= (uint64_t)vmask_ge(q[u], cutoff) << u * W;
     if (pass == 0) continue;
-    float q[2 * W];
-    vstore(q, qa);
-    vstore(q + W, qb);
+    for (int u = 0; u < U; ++u) q[u] = (q[u] - reference) * k;
+    vexp2_each<U>(q);
+    stream.high24<U / 2>(i, v);
+    uint64_t fast = 0;
+    for (int u = 0; u < U; ++u) fast |= (uint64_t)vmask_ge(q[u] * limit, v[u]) << u * W;
+    pass &= fast;
+    if (pass == 0) continue;
+    float shares[kTokens];
+    for (int u = 0; u < U; ++u) vstore(shares + u * W, q[u]);
     for (; pass; pass &= pass - 1) {
-      const int lane = __builtin_ctz(pass);
+      const int lane = __builtin_ctzll(pass);
       const int64_t token = i + lane;
       if (token >= end) break;
       if (race->scores[token] == race->cutoff && token > race->last_tie) continue;
-      if (!(q[lane] > 0.0f)) continue;
-      const double key = race_exponential(race->seed, race->offset, token) / (double)q[lane];
+      if (!(shares[lane] > 0.0f)) continue;
+      const double e = race_exponential(race->seed, race->offset, token);
+      const double key = e / (double)shares[lane];
       if (key < race->key || (key == race->key && token < race->token)) {
         race->key = key;
         race->token = token;

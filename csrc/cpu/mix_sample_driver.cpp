@@ -19,7 +19,7 @@ struct Draw {
   const MixSampleArgs& sample;
   MixScratch sums;
   std::vector<float> scores, group_maxima;
-  std::vector<int32_t> ids;
+  MixCandidates candidates;
   float scale, max;
   MixCutoff cutoff;
 
@@ -53,12 +53,13 @@ struct Draw {
   void filter() {
     const int64_t groups = (args.width + kMixGroup - 1) / kMixGroup;
     max = *std::max_element(group_maxima.begin(), group_maxima.begin() + groups);
-    cutoff =
-        mix_cutoff(sample.filter, scores.data(), group_maxima.data(), args.width, max, scale, ids);
+    cutoff = mix_cutoff(sample.filter, scores.data(), group_maxima.data(), args.width, max, scale,
+                        candidates);
   }
 
   MdkRace pass_race(int64_t row, int64_t begin, int64_t end) const {
     MdkRace race = {scores.data(),
+                    group_maxima.data(),
                     max,
                     scale,
                     cutoff.score,

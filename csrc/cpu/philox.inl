@@ -23,14 +23,15 @@ MDK_INLINE uint32_t philox_word(uint64_t seed, uint64_t offset, uint32_t stream,
   return c[token & 3];
 }
 
-// floor(word / 256) of 2 W tokens from `token` (a multiple of 2 W) on, stream 0, as exact floats.
+// floor(word / 256) of U * 2 W tokens from `token` (a multiple of 2 W) on, stream 0, as exact
+// floats in order.
 #if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
 
 #if defined(MDK_ISA_AVX512)
 MDK_INLINE vi vset64(uint64_t x) { return _mm512_set1_epi64((int64_t)x); }
 MDK_INLINE vi vmul_low32(vi a, vi b) { return _mm512_mul_epu32(a, b); }
 MDK_INLINE vi vhigh32(vi a) { return _mm512_srli_epi64(a, 32); }
-MDK_INLINE vi vxor(vi a, vi b) { return _mm512_xor_si512(a, b); }
+MDK_INLINE vi vxor3(vi a, vi b, vi c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
 // Lane order: after the unpacking below, the first output vector holds blocks 0-3, in order.
 MDK_INLINE vi philox_blocks(int64_t first) {
   return _mm512_add_epi64(_mm512_set1_epi64(first), _mm512_set_epi64(7, 3, 6, 2, 5, 1, 4, 0));
@@ -45,7 +46,7 @@ MDK_INLINE vf vhigh24(vi a) { return _mm512_cvtepi32_ps(_mm512_srli_epi32(a, 8))
 MDK_INLINE vi vset64(uint64_t x) { return _mm256_set1_epi64x((int64_t)x); }
 MDK_INLINE vi vmul_low32(vi a, vi b) { return _mm256_mul_epu32(a, b); }
 MDK_INLINE vi vhigh32(vi a) { return _mm256_srli_epi64(a, 32); }
-MDK_INLINE vi vxor(vi a, vi b) { return _mm256_xor_si256(a, b); }
+MDK_INLINE vi vxor3(vi a, vi b, vi c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
 MDK_INLINE vi philox_blocks(int64_t first) {
   return _mm256_add_epi64(_mm256_set1_epi64x(first), _mm256_set_epi64x(3, 1, 2, 0));
 }
@@ -57,33 +58,61 @@ MDK_INLINE vi vunpack_high(vi a, vi b) { return _mm256_unpackhi_epi64(a, b); }
 MDK_INLINE vf vhigh24(vi a) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(a, 8)); }
 #endif
 
-// Each 64-bit lane carries one 32-bit word of one block; what sits above it is never read.
-MDK_INLINE void philox_high24(uint64_t seed, uint64_t offset, int64_t token, vf* a, vf* b) {
-  const vi m0 = vset64(kPhiloxM0), m1 = vset64(kPhiloxM1);
-  uint32_t k0 = (uint32_t)seed, k1 = (uint32_t)(seed >> 32);
-  vi c0 = philox_blocks(token >> 2), c1 = vset64(0);
-  vi c2 = vset64((uint32_t)offset), c3 = vset64(offset >> 32);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const vi p0 = vmul_low32(c0, m0), p1 = vmul_low32(c2, m1);
-    c0 = vxor(vxor(vhigh32(p1), c1), vset64(k0));
-    c2 = vxor(vxor(vhigh32(p0), c3), vset64(k1));
-    c1 = p1;
-    c3 = p0;
-    k0 += kPhiloxW0;
-    k1 += kPhiloxW1;
+struct PhiloxStream {
+  vi keys[kPhiloxRounds][2];
+  vi offset[2];
+
+  PhiloxStream(uint64_t seed, uint64_t position) {
+    for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+      keys[round][0] = vset64((uint32_t)seed + round * kPhiloxW0);
+      keys[round][1] = vset64((uint32_t)(seed >> 32) + round * kPhiloxW1);
+    }
+    offset[0] = vset64((uint32_t)position);
+    offset[1] = vset64(position >> 32);
   }
-  const vi first = vpair32(c0, c1), second = vpair32(c2, c3);
-  *a = vhigh24(vunpack_low(first, second));
-  *b = vhigh24(vunpack_high(first, second));
-}
+
+  // Each 64-bit lane carries one 32-bit word of one block; what sits above it is never read. The U
+  // sets of blocks advance in step: a round alone is a chain of dependent operations.
+  template <int U>
+  MDK_INLINE void high24(int64_t token, vf* out) const {
+    const vi m0 = vset64(kPhiloxM0), m1 = vset64(kPhiloxM1);
+    vi c0[U], c1[U], c2[U], c3[U], p0[U], p1[U];
+    for (int u = 0; u < U; ++u) {
+      c0[u] = philox_blocks((token + u * 2 * W) >> 2);
+      c1[u] = vset64(0);
+      c2[u] = offset[0];
+      c3[u] = offset[1];
+    }
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int u = 0; u < U; ++u) p0[u] = vmul_low32(c0[u], m0);
+      for (int u = 0; u < U; ++u) p1[u] = vmul_low32(c2[u], m1);
+      for (int u = 0; u < U; ++u) c0[u] = vxor3(vhigh32(p1[u]), c1[u], keys[round][0]);
+      for (int u = 0; u < U; ++u) c2[u] = vxor3(vhigh32(p0[u]), c3[u], keys[round][1]);
+      for (int u = 0; u < U; ++u) c1[u] = p1[u];
+      for (int u = 0; u < U; ++u) c3[u] = p0[u];
+    }
+    for (int u = 0; u < U; ++u) {
+      const vi first = vpair32(c0[u], c1[u]), second = vpair32(c2[u], c3[u]);
+      out[2 * u] = vhigh24(vunpack_low(first, second));
+      out[2 * u + 1] = vhigh24(vunpack_high(first, second));
+    }
+  }
+};
 
 #else
 
-MDK_INLINE void philox_high24(uint64_t seed, uint64_t offset, int64_t token, vf* a, vf* b) {
-  float s[2 * W];
-  for (int i = 0; i < 2 * W; ++i) s[i] = (float)(philox_word(seed, offset, 0, token + i) >> 8);
-  *a = vload(s);
-  *b = vload(s + W);
-}
+struct PhiloxStream {
+  uint64_t seed, offset;
+
+  PhiloxStream(uint64_t s, uint64_t position) : seed(s), offset(position) {}
+
+  template <int U>
+  MDK_INLINE void high24(int64_t token, vf* out) const {
+    float s[U * 2 * W];
+    for (int i = 0; i < U * 2 * W; ++i)
+      s[i] = (float)(philox_word(seed, offset, 0, token + i) >> 8);
+    for (int u = 0; u < 2 * U; ++u) out[u] = vload(s + u * W);
+  }
+};
 
 #endif

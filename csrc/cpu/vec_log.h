@@ -21,15 +21,15 @@ MDK_INLINE vf vlog(vf x) {
   return vfma(e, vset(0.693359375f), r + y);
 }
 
-// log(1 + x) for x in [0, 1], absolute error 3e-8 plus rounding; exactly 0 at 0.
-MDK_INLINE vf vlog1p_unit(vf x) {
-  vf p = vfma(vset(0.00538406206362f), x, vset(-0.0301109685962f));
-  p = vfma(p, x, vset(0.079210751614f));
-  p = vfma(p, x, vset(-0.137466237322f));
-  p = vfma(p, x, vset(0.191451175029f));
-  p = vfma(p, x, vset(-0.248529461627f));
-  p = vfma(p, x, vset(0.333203436281f));
-  p = vfma(p, x, vset(-0.499995525949f));
-  p = vfma(p, x, vset(0.999999974534f));
-  return p * x;
+// x[u] <- log(1 + x[u]) for x in [0, 1], absolute error 3e-8 plus rounding; exactly 0 at 0. The U
+// evaluations advance in step, since one alone is a chain of dependent operations.
+template <int U>
+MDK_INLINE void vlog1p_unit(vf* x) {
+  constexpr float coefs[] = {-0.0301109685962f, 0.079210751614f, -0.137466237322f, 0.191451175029f,
+                             -0.248529461627f,  0.333203436281f, -0.499995525949f, 0.999999974534f};
+  vf p[U];
+  for (int u = 0; u < U; ++u) p[u] = vset(0.00538406206362f);
+  for (const float coef : coefs)
+    for (int u = 0; u < U; ++u) p[u] = vfma(p[u], x[u], vset(coef));
+  for (int u = 0; u < U; ++u) x[u] = p[u] * x[u];
 }
