@@ -1,0 +1,28 @@
+#!/bin/sh
+# Runs the operator tests on a build with AddressSanitizer and UndefinedBehaviorSanitizer.
+#   sh tests/sanitize.sh [python] [pytest arguments]
+# The build has a stage and a package directory of its own: the normal build stays as it is.
+set -eu
+
+python=$(command -v "${1:-python3}")
+[ $# -eq 0 ] || shift
+root=$(cd "$(dirname "$0")/.." && pwd)
+case $python in /*) ;; *) python=$PWD/$python ;; esac
+lib=$root/build/sanitize
+
+cd "$root"
+MDK_SANITIZE=1 MDK_CUDA=OFF "$python" setup.py --quiet build --build-lib "$lib"
+
+# The sanitizer runtime must come first in the process. libstdc++ beside it, so that its
+# interceptors find the real __cxa_throw. Python itself leaks by design.
+cxx=${CXX:-c++}
+preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc++.so)"
+
+# From inside the directory of the package: the current directory is what Python imports first.
+cd "$lib"
+LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  "$python" -c "import mdkernels._cpu as m; assert m.__file__.startswith('$lib'), m.__file__"
+tests=$(grep -lE '^OP = |import .*knn_targets' "$root"/tests/test_*.py)
+# shellcheck disable=SC2086  # one word per file
+LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+  "$python" -m pytest --rootdir "$root" -c "$root/pyproject.toml" -p no:cacheprovider $tests "$@"
