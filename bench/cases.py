@@ -74,6 +74,13 @@ def require(provider: str, errors: dict[str, float], limits: dict[str, float]) -
     return errors
 
 
+def compiled(function):
+    """torch.compile for the one shape of a case. Forgets what earlier cases compiled: a second
+    shape of the same function would otherwise count towards the limit after which it runs eager."""
+    torch._dynamo.reset()
+    return torch.compile(function, dynamic=False)
+
+
 def nbytes(*tensors: Tensor) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import baselines
 import floors
-import torch
-from cases import BASELINE, SUBJECT, Case, Goal, Provider, nbytes, require
+from cases import BASELINE, SUBJECT, Case, Goal, Provider, compiled, nbytes, require
 from mixes import MEMORY_TEMPERATURE, MIX_WEIGHT, Pair, shapes
 
 import mdkernels
@@ -16,7 +15,6 @@ LIMIT = 2e-5  # absolute, on log-probabilities down to about -30
 
 def cases(suite: str) -> Iterator[Case]:
     for batch, vocab, dtype in shapes(suite):
-        torch._dynamo.reset()
         yield case(suite, batch, vocab, dtype)
 
 
@@ -30,8 +28,7 @@ def case(suite: str, batch: int, vocab: int, dtype: str) -> Case:
         "eager": pair.bind(baselines.mix, *settings),
     }
     if suite == "full":
-        compiled = torch.compile(baselines.mix, dynamic=False)
-        calls["compiled"] = pair.bind(compiled, *settings)
+        calls["compiled"] = pair.bind(compiled(baselines.mix), *settings)
 
     def check():
         wanted = pair.expected()

@@ -44,7 +44,7 @@ def _bars(axes, names: list[str], by_regime: dict[str, dict[str, dict]]) -> None
     axes.invert_yaxis()
     axes.set_xscale("log")
     axes.axvline(1.0, color="#333333", linewidth=0.8)
-    axes.margins(x=0.12)
+    axes.margins(x=0.12, y=0.01)
     axes.grid(axis="x", alpha=0.3)
     axes.set_axisbelow(True)
     axes.legend(title="allocator", fontsize=7, title_fontsize=7)
