@@ -7,7 +7,9 @@ text -> tokenizer -> corpora -> base model -> datastore -> index -> targets
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +30,12 @@ from .live import compare_losses
 from .recipe import Machine, Recipe
 from .reuse import Stages
 from .scores import EarlyStopping, Scorer, Scores, difference, open_scores, summary
-from .text import build_text, documents
+from .text import build_text, choose_prompts, documents
 
 MEMORIES = {"memory-ce": "ce", "memory": "kl_ce"}
 """Stage name -> objective. The first is the control: same size, steps, seed and batch order."""
 
+PROMPTS = 4
 PROMPT_TOKENS = 24
 NEW_TOKENS = 64
 
@@ -209,16 +212,14 @@ class Demo:
         """The same mixture once more through `mdkernels evaluate`, in fp32 throughout."""
 
         def make(path: Path) -> str:
-            found = evaluate(
-                self.path("base"),
-                self.path("memory"),
-                self.corpora["test"],
-                valid=self.corpora["valid"],
-                out=path,
-                overwrite=True,
-                block=self.recipe.context,
-                stride=self.recipe.context,
-            )
+            options = {"block": self.recipe.context, "stride": self.recipe.context}
+            options |= {"valid": self.corpora["valid"], "out": path, "overwrite": True}
+            with redirect_stdout(
+                io.StringIO()
+            ):  # it prints a table, and there will be a fuller one
+                found = evaluate(
+                    self.path("base"), self.path("memory"), self.corpora["test"], **options
+                )
             return f"mixture perplexity {found['mixture']['perplexity']:.1f} in fp32"
 
         after = ("base", "memory", "corpus-valid", "corpus-test")
@@ -228,7 +229,13 @@ class Demo:
         """Continuations of held-out docstrings by base and mixture, from the same random stream."""
 
         def make(path: Path) -> str:
-            prompts, truths = self._prompts()
+            prompts, truths = choose_prompts(
+                documents(self.path("text") / "test.jsonl"),
+                self.tokenizer,
+                prompt_tokens=PROMPT_TOKENS,
+                truth_tokens=NEW_TOKENS,
+                count=PROMPTS,
+            )
             found = generate(
                 self.path("base"),
                 self.path("memory"),
@@ -255,19 +262,6 @@ class Demo:
             settings=[self.settings, mix_weight],
             after=("memory", "text"),
         )
-
-    def _prompts(self, count: int = 4) -> tuple[list[str], list[str]]:
-        """Openings of the first held-out docstrings that are long enough, and how they go on."""
-        prompts, truths = [], []
-        for text in documents(self.path("text") / "test.jsonl"):
-            ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-            if len(ids) >= PROMPT_TOKENS + NEW_TOKENS:
-                prompts.append(self.tokenizer.decode(ids[:PROMPT_TOKENS]))
-                rest = ids[PROMPT_TOKENS : PROMPT_TOKENS + NEW_TOKENS]
-                truths.append(self.tokenizer.decode(rest))
-            if len(prompts) == count:
-                break
-        return prompts, truths
 
     def _keys(self, stage: str, corpus: str) -> None:
         def make(path: Path) -> str:

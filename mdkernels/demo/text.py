@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import shutil
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -12,6 +13,7 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from .. import __version__
 from ..corpus import SEPARATOR, Corpus, build_corpus, open_corpus
 from ..models import load_tokenizer
 from .harvest import DOMAIN_PACKAGE, GENERAL_PACKAGES, File, harvest
@@ -58,9 +60,7 @@ def package_versions() -> dict[str, str]:
     """What decides the harvested text."""
     names = [name for name in (*GENERAL_PACKAGES, DOMAIN_PACKAGE) if name != "stdlib"]
     versions = {name: version(name) for name in names}
-    import platform
-
-    return versions | {"python": platform.python_version(), "mdkernels": version("mdkernels")}
+    return versions | {"python": platform.python_version(), "mdkernels": __version__}
 
 
 def write_texts(path: Path) -> str:
@@ -142,3 +142,23 @@ def take_documents(
         taken.append(text)
         total += len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1
     return taken
+
+
+def choose_prompts(
+    texts: Iterator[str],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    prompt_tokens: int,
+    truth_tokens: int,
+    count: int,
+) -> tuple[list[str], list[str]]:
+    """Openings of the first `count` documents that are long enough, and how they go on."""
+    prompts, truths = [], []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) >= prompt_tokens + truth_tokens:
+            prompts.append(tokenizer.decode(ids[:prompt_tokens]))
+            truths.append(tokenizer.decode(ids[prompt_tokens : prompt_tokens + truth_tokens]))
+        if len(prompts) == count:
+            break
+    return prompts, truths
