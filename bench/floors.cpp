@@ -139,19 +139,24 @@ void floor_copy(const char* from, char* to, size_t bytes, size_t ahead, bool str
   }
 }
 
-// Streams weights[n] and ids[n] and reads table[ids[i]]: the input side of merging neighbours.
+// Streams weights[n] and ids[n] and reads table[ids[i]], asked for `ahead` places before: the input
+// side of merging neighbours.
 uint64_t floor_gather(const float* weights, const int64_t* ids, const int32_t* table, size_t n,
-                      int threads) {
+                      size_t ahead, int threads) {
   uint64_t total = 0;
 #pragma omp parallel for num_threads(threads) schedule(static) reduction(+ : total)
   for (int t = 0; t < threads; ++t) {
-    float mass = 0;
+    const size_t first = n * t / threads, last = n * (t + 1) / threads;
+    uint32_t bits = 0;
     uint64_t tokens = 0;
-    for (size_t i = n * t / threads; i < n * (t + 1) / threads; ++i) {
-      mass += weights[i];
+    for (size_t i = first; i < last; ++i) {
+      if (ahead != 0 && i + ahead < last) __builtin_prefetch(table + ids[i + ahead], 0, 3);
+      uint32_t weight;
+      __builtin_memcpy(&weight, weights + i, sizeof weight);
+      bits ^= weight;
       tokens += table[ids[i]];
     }
-    total += tokens + static_cast<uint64_t>(mass != 0);
+    total += tokens + bits;
   }
   return total;
 }

@@ -24,7 +24,8 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("floors.cpp")
 CACHE = REPOSITORY / "build" / "bench"
-AHEAD = (0, 1024, 4096)
+AHEAD = (0, 1024, 4096)  # bytes
+GATHER_AHEAD = (0, 16, 64)  # places
 TRIES = 5
 
 
@@ -65,7 +66,7 @@ def library() -> ctypes.CDLL:
         "floor_read2": (word, [pointer, pointer, size, size, number]),
         "floor_mix": (None, [pointer, pointer, pointer, size, number, size, flag, number]),
         "floor_copy": (None, [pointer, pointer, size, size, flag, number]),
-        "floor_gather": (word, [pointer, pointer, pointer, size, number]),
+        "floor_gather": (word, [pointer, pointer, pointer, size, size, number]),
     }
     for name, (result, arguments) in signatures.items():
         function = getattr(loaded, name)
@@ -128,8 +129,9 @@ def mix(first: Tensor, second: Tensor, prepare=None) -> Provider:
 def gather(weights: Tensor, ids: Tensor, table: Tensor, prepare=None) -> Provider:
     """Read weights (fp32) and ids (int64), and table[ids] (int32)."""
     pointers = (weights.data_ptr(), ids.data_ptr(), table.data_ptr(), ids.numel())
-    call = functools.partial(library().floor_gather, *pointers, torch.get_num_threads())
-    return Provider("floor", call, FLOOR, prepare)
+    run, threads = library().floor_gather, torch.get_num_threads()
+    calls = [functools.partial(run, *pointers, places, threads) for places in GATHER_AHEAD]
+    return _fastest(calls, prepare)
 
 
 def bandwidth(size: int) -> dict[str, float]:

@@ -6,6 +6,7 @@ import baselines
 import floors
 from cases import BASELINE, SUBJECT, Case, Goal, Provider, compiled, nbytes, require
 from mixes import MEMORY_TEMPERATURE, MIX_WEIGHT, Pair, shapes
+from regimes import REGIMES
 
 import mdkernels
 
@@ -43,7 +44,7 @@ def case(suite: str, batch: int, vocab: int, dtype: str) -> Case:
         for name, call in calls.items()
     ]
     providers.append(floors.mix(pair.base, pair.memory, pair.refresh))
-    goals = [Goal("mdkernels", "eager", dict.fromkeys(("stock", "tuned"), GOALS[dtype]))]
+    goals = [Goal("mdkernels", "eager", dict.fromkeys(REGIMES, GOALS[dtype]))]
     return Case(
         op="logit_mix",
         shape={"B": batch, "V": vocab},

@@ -6,6 +6,7 @@ import baselines
 import floors
 from cases import BASELINE, SUBJECT, Case, Goal, Provider, compiled, nbytes, require
 from mixes import MEMORY_TEMPERATURE, MIX_WEIGHT, Pair, shapes
+from regimes import REGIMES
 
 import mdkernels
 
@@ -46,7 +47,7 @@ def case(suite: str, batch: int, vocab: int, dtype: str) -> Case:
         for name, call in calls.items()
     ]
     providers.append(floors.read(pair.base, pair.memory, prepare=pair.refresh))
-    goals = [Goal("mdkernels", "eager", {"stock": GOAL, "tuned": GOAL})]
+    goals = [Goal("mdkernels", "eager", dict.fromkeys(REGIMES, GOAL))]
     return Case(
         op="mix_argmax",
         shape={"B": batch, "V": vocab},

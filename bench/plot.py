@@ -9,7 +9,7 @@ from pathlib import Path
 
 import report
 
-COLORS = {"stock": "#4269d0", "tuned": "#ff725c"}
+COLORS = {"stock": "#4269d0", "huge": "#efb118", "tuned": "#ff725c"}
 
 
 def _name(row: dict) -> str:

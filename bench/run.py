@@ -81,17 +81,18 @@ def main() -> None:
     parser.add_argument("--suite", choices=("smoke", "full"), default="full")
     every = list(results.OPS)
     parser.add_argument("--ops", nargs="+", choices=every, default=every, metavar="OP")
-    parser.add_argument("--regime", choices=(*regimes.REGIMES, "both"), default="both")
+    parser.add_argument("--regime", choices=regimes.CHOICES, default="both")
     parser.add_argument("--out", type=Path, help="default: bench/results; build/bench for smoke")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args)
         return
-    chosen = list(regimes.REGIMES) if args.regime == "both" else [args.regime]
     started = time.monotonic()
     try:
-        written = run(args.suite, args.ops, chosen, args.out or OUT[args.suite])
+        written = run(
+            args.suite, args.ops, regimes.CHOICES[args.regime], args.out or OUT[args.suite]
+        )
     except subprocess.CalledProcessError as error:
         sys.exit(f"a benchmark process failed with status {error.returncode}; see above")
     import plot

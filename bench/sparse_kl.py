@@ -30,17 +30,18 @@ import mdkernels
 KL_WEIGHT = 0.5
 SHAPES = {"full": ((256, 151936), (512, 50257)), "smoke": ((9, 1001),)}
 
-# Factors by which the in-place kernel must beat a baseline, or may exceed the floor.
+# Factors by which the in-place kernel must beat a baseline, or may exceed the floor. The goals for
+# an allocator with huge pages hold whether or not it also caches.
 GOALS = {
     "fp32": [
-        ("official", {"stock": 45, "tuned": 20}),
-        ("sparse_eager", {"stock": 15, "tuned": 6}),
-        (FLOOR, {"stock": 2.0, "tuned": 2.0}),
+        ("official", {"stock": 45, "huge": 20, "tuned": 20}),
+        ("sparse_eager", {"stock": 15, "huge": 6, "tuned": 6}),
+        (FLOOR, {"stock": 2.0, "huge": 2.0, "tuned": 2.0}),
     ],
     "bf16": [
-        ("official", {"stock": 100, "tuned": 45}),
-        ("sparse_eager", {"stock": 42, "tuned": 17}),
-        (FLOOR, {"stock": 2.6, "tuned": 2.6}),
+        ("official", {"stock": 100, "huge": 45, "tuned": 45}),
+        ("sparse_eager", {"stock": 42, "huge": 17, "tuned": 17}),
+        (FLOOR, {"stock": 2.6, "huge": 2.6, "tuned": 2.6}),
     ],
 }
 # Of the gradient times N. Absolute: entries near 1, where half a bf16 step is 0.002. Relative to
