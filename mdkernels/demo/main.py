@@ -26,7 +26,8 @@ def run_demo(out: Path, short: bool) -> dict[str, Any]:
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logging.disable_progress_bar()  # one bar per checkpoint that is loaded, and the demo loads many
     began, cpu_before, load_before = time.perf_counter(), _cpu_seconds(), os.getloadavg()[0]
-    recipe, machine = SHORT if short else FULL, this_machine()
+    recipe = SHORT if short else FULL
+    machine = this_machine(recipe)
     stages = Stages(out / "work")
     results = {"config": _config(recipe, machine), **Demo(recipe, machine, stages).run()}
     results["stages"] = {
@@ -55,6 +56,8 @@ def _write(results: dict[str, Any], out: Path) -> None:
     print("Memory Decoder mixture, better (+) or worse (-):")
     print(f"{report.difference_lines(results)}\n")
     print("\n".join(map(str, report.checks(results))))
+    if results["config"]["recipe"]["min_gain_over_ce"] is None:
+        print(report.ONLY_RUNS.replace("*", ""))
     if not drawn:
         print(plots.HOW_TO_INSTALL)
     print(f"{results['run']['seconds']:.0f} s; the report is {out / 'report.md'}")

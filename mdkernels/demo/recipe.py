@@ -45,6 +45,8 @@ class Recipe:
     """Nats per token by which the mixture must beat the base for the demo to pass."""
     min_gain_over_ce: float | None
     """The same over the CE-only mixture of equal size and steps; None: not judged."""
+    compile: bool
+    """torch.compile the trunk on a CPU with a C++ compiler: 10 s, then steps 1.2 times as fast."""
     seed: int = 0
 
     @property
@@ -62,18 +64,19 @@ FULL = Recipe(
     heads=4,
     mlp_size=704,
     batch_size=8,
-    base_steps=600,
+    base_steps=450,
     base_lr=3e-3,
-    domain_tokens=49152,
-    epochs=16,
+    domain_tokens=65536,
+    epochs=10,
     memory_lr=1e-3,
     evaluations=4,
     num_neighbors=1024,
     temperature=0.05,
-    valid_tokens=32768,
-    test_tokens=65536,
+    valid_tokens=12288,
+    test_tokens=40960,
     min_gain=0.5,
     min_gain_over_ce=0.03,
+    compile=True,
 )
 
 SHORT = Recipe(
@@ -97,6 +100,7 @@ SHORT = Recipe(
     test_tokens=8192,
     min_gain=0.1,
     min_gain_over_ce=None,
+    compile=False,
 )
 
 
@@ -114,15 +118,15 @@ class Machine:
         return torch.bfloat16 if self.dtype == "bfloat16" else None
 
 
-def this_machine() -> Machine:
-    """A GPU if torch sees one, in bf16; else the CPU, compiled if a C++ compiler is there."""
+def this_machine(recipe: Recipe) -> Machine:
+    """A GPU if torch sees one, in bf16; else the CPU, in bf16 if it computes that natively."""
     device = str(resolve_device("auto"))
     if device != "cpu":
         # Steps of milliseconds: compiling would take longer than it saves.
         return Machine(device, "bfloat16", False)
     dtype = "bfloat16" if cpu_flags() & {"avx512_bf16", "amx_bf16", "bf16"} else "float32"
     compiler = shutil.which(os.environ.get("CXX", "g++"))
-    return Machine(device, dtype, compiler is not None)
+    return Machine(device, dtype, recipe.compile and compiler is not None)
 
 
 def cpu_flags() -> set[str]:
