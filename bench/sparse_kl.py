@@ -50,6 +50,10 @@ LIMITS = {
     "fp32": {"loss_relative": 1e-5, "grad_absolute": 2e-5, "grad_relative": 5e-3},
     "bf16": {"loss_relative": 1e-5, "grad_absolute": 4e-3, "grad_relative": 5e-3},
 }
+# torch's fp32 log_softmax adds a row up in fp32: its normaliser is off by 4e-5 at V=151936 on an
+# AVX2 processor, and so is every gradient entry of a baseline, relative to itself.
+BASELINE_LIMITS = {dtype: limits | {"loss_relative": 1e-4} for dtype, limits in LIMITS.items()}
+BASELINE_LIMITS["fp32"]["grad_absolute"] = 1e-4
 
 
 def expected(logits: Tensor, targets, labels) -> tuple[float, Tensor]:
@@ -124,7 +128,8 @@ def case(suite, rows, vocab, dtype, targets, labels) -> Case:
                 "grad_relative": float(relative.max()),
             }
             try:
-                errors[name] = require(name, found, LIMITS[dtype])
+                limits = LIMITS if name.startswith("mdkernels") else BASELINE_LIMITS
+                errors[name] = require(name, found, limits[dtype])
             except WrongResult as wrong:
                 row, token = divmod(int(relative.argmax()), vocab)
                 count = int((relative > LIMITS[dtype]["grad_relative"]).sum())
