@@ -34,7 +34,7 @@ def operator_arguments(name, dtype, strided, backend):
     return {
         "sparse_kl_forward": (logits, *sparse, backend),
         "sparse_kl_backward": (logits, *sparse, lse, *coefs, backend),
-        "sparse_kl_forward_backward_": (logits.clone(), *sparse, *coefs, backend),
+        "sparse_kl_loss_grad_": (logits.clone(), *sparse, 0.3, "mean", backend),
         "sparse_kl_scale_": (logits.clone(), torch.tensor(0.5, dtype=wide), backend),
         "token_logprobs_forward": (logits, sparse[3], -100, backend),
         "token_logprobs_backward": (logits, sparse[3], -100, lse, coefs[0], backend),
@@ -44,7 +44,7 @@ def operator_arguments(name, dtype, strided, backend):
 OPERATORS = [
     "sparse_kl_forward",
     "sparse_kl_backward",
-    "sparse_kl_forward_backward_",
+    "sparse_kl_loss_grad_",
     "sparse_kl_scale_",
     "token_logprobs_forward",
     "token_logprobs_backward",

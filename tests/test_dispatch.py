@@ -7,6 +7,9 @@ import textwrap
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mdkernels
 from mdkernels import BackendUnavailable, SparseTargets, backends, sparse_kl, token_logprobs
@@ -220,3 +223,41 @@ def test_forced_instruction_set(name):
     result = python(code, MDK_CPU_ISA=name)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == (name if name in ISAS else ISAS[-1])
+
+
+class _Seen(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def _mix():
+    return mdkernels.logit_mix(torch.zeros(2, 5), torch.ones(2, 5), 0.25)
+
+
+def test_whoever_has_to_see_the_operator_sees_it():
+    """An eager call skips the dispatcher, but not where a mode, a tracer, the profiler listens."""
+    with _Seen() as seen:
+        found = _mix()
+    assert "mdk.logit_mix_forward.default" in seen.names
+    assert torch.equal(found, _mix())
+    assert "torch.ops.mdk.logit_mix_forward" in make_fx(_mix)().code
+    with torch.profiler.profile() as profile:
+        _mix()
+    assert any("mdk::logit_mix_forward" in event.name for event in profile.events())
+    with FakeTensorMode() as fake:
+        shape = mdkernels.logit_mix(
+            fake.from_tensor(torch.zeros(2, 5)), fake.from_tensor(torch.zeros(2, 7)), 0.5
+        ).shape
+    assert shape == (2, 7)
+
+
+def test_an_eager_call_goes_to_the_backend_directly(monkeypatch):
+    _mix()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch._ops.OpOverload, "__call__", None)
+        assert _mix().shape == (2, 5)

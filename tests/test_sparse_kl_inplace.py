@@ -148,3 +148,35 @@ def test_inplace_through_a_view_of_a_model_output(variant):
         ).loss.backward()
         Expected(p, 0.5, 0.5).check_grad(whole.grad[:-1], variant)
         assert not whole.grad[-1].any()
+
+
+@pytest.mark.parametrize("ignored", [0, 3, 8])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+def test_inplace_reduces_as_the_two_passes_do(variant, kl_weight, reduction, ignored):
+    """The in-place pass may reduce inside the kernel; the fresh one leaves it to torch."""
+    p = problem("normal", 8, 67)
+    logits, targets, labels = on(p, variant)
+    labels[:ignored] = -100
+    outs, grads = [], []
+    for inplace in (False, True):
+        leaf = logits.clone().requires_grad_()
+        out = sparse_kl(
+            leaf * 1,
+            targets,
+            labels,
+            kl_weight=kl_weight,
+            reduction=reduction,
+            inplace=inplace,
+            backend=variant.backend,
+        )
+        out.loss.sum().backward()
+        outs.append(torch.stack([x.detach() for x in out]))
+        grads.append(leaf.grad)
+    assert outs[0].shape == outs[1].shape
+    assert outs[0].dtype == outs[1].dtype == torch.float32
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(grads[1], grads[0], rtol=2e-6, atol=1e-7)
+    if ignored == 8:
+        assert not outs[1].any()
+        assert not grads[1].any()

@@ -30,7 +30,9 @@ py::object sparse_kl(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t
                      uintptr_t row_offsets, uintptr_t token_ids, uintptr_t probs, int probs_dtype,
                      int64_t nnz, uintptr_t labels, int64_t ignore_index, uintptr_t kl,
                      uintptr_t ce, uintptr_t lse, bool grad_only, uintptr_t grad,
-                     int64_t grad_stride, uintptr_t kl_coef, uintptr_t ce_coef, int threads) {
+                     int64_t grad_stride, uintptr_t kl_coef, uintptr_t ce_coef, double kl_weight,
+                     bool mean, uintptr_t total_loss, uintptr_t total_kl, uintptr_t total_ce,
+                     int threads) {
   const MdkSparseKL args = {pointer<void>(logits),
                             row_stride,
                             rows,
@@ -50,10 +52,12 @@ py::object sparse_kl(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t
                             grad_stride,
                             pointer<float>(kl_coef),
                             pointer<float>(ce_coef)};
+  const mdk::SparseKLReduction reduction = {kl_weight, mean, pointer<float>(total_loss),
+                                            pointer<float>(total_kl), pointer<float>(total_ce)};
   mdk::Fault fault;
   {
     py::gil_scoped_release release;
-    fault = mdk::sparse_kl(args, nnz, threads);
+    fault = mdk::sparse_kl(args, reduction, nnz, threads);
   }
   return report(fault);
 }

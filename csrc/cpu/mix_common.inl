@@ -69,19 +69,11 @@ template <int U>
 MDK_INLINE void vexp2_each(vf* t) {
   constexpr float coefs[] = {kExp2C4, kExp2C3, kExp2C2, kExp2C1, kExp2C0};
   vf f[U], n[U], y[U];
-#if defined(MDK_ISA_AVX512)
-  for (int u = 0; u < U; ++u)
-    f[u] = _mm512_reduce_ps(t[u], _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  for (int u = 0; u < U; ++u) n[u] = t[u] - f[u];
-#else
-  for (int u = 0; u < U; ++u) f[u] = vmin(vset(127.0f), vmax(vset(-126.0f), t[u]));
-  for (int u = 0; u < U; ++u) n[u] = vround(f[u]);
-  for (int u = 0; u < U; ++u) f[u] = f[u] - n[u];
-#endif
+  for (int u = 0; u < U; ++u) vsplit_exponent(t[u], f + u, n + u);
   for (int u = 0; u < U; ++u) y[u] = vset(kExp2C5);
   for (const float coef : coefs)
     for (int u = 0; u < U; ++u) y[u] = vfma(y[u], f[u], vset(coef));
-  for (int u = 0; u < U; ++u) t[u] = vldexp(y[u], n[u], t[u]);
+  for (int u = 0; u < U; ++u) t[u] = vldexp(y[u], n[u]);
 }
 
 // The first n < W elements, the rest `pad`.

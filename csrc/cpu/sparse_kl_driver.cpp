@@ -70,9 +70,31 @@ struct Scratch {
   }
 };
 
+double divisor(const MdkSparseKL& a, const SparseKLReduction& r) {
+  if (!r.mean) return 1.0;
+  int64_t count = a.labels ? 0 : a.rows;
+  for (int64_t row = 0; a.labels && row < a.rows; ++row) count += a.labels[row] != a.ignore_index;
+  return static_cast<double>(std::max<int64_t>(count, 1));
+}
+
+// A weight of 0 drops its term: 0 * inf is NaN.
+void write_totals(const MdkSparseKL& a, const SparseKLReduction& r, double divide) {
+  double kl = 0.0, ce = 0.0;
+  for (int64_t row = 0; row < a.rows; ++row) {
+    kl += a.kl[row];
+    ce += a.ce[row];
+  }
+  kl /= divide;
+  ce /= divide;
+  *r.kl = static_cast<float>(kl);
+  *r.ce = static_cast<float>(ce);
+  const double w = r.kl_weight;
+  *r.loss = static_cast<float>(w == 0.0 ? ce : w == 1.0 ? kl : w * kl + (1.0 - w) * ce);
+}
+
 }  // namespace
 
-Fault sparse_kl(const MdkSparseKL& args, int64_t nnz, int threads) {
+Fault sparse_kl(MdkSparseKL args, const SparseKLReduction& reduction, int64_t nnz, int threads) {
   int64_t longest = 0;
   if (args.row_offsets) {
     if (Fault fault = check_offsets(args, nnz); fault.what) return fault;
@@ -82,6 +104,15 @@ Fault sparse_kl(const MdkSparseKL& args, int64_t nnz, int threads) {
   }
   if (args.labels)
     if (Fault fault = check_labels(args); fault.what) return fault;
+
+  const double divide = divisor(args, reduction);
+  std::vector<float> coefs;
+  if (args.grad && !args.kl_coef) {
+    coefs.assign(args.rows, static_cast<float>(reduction.kl_weight / divide));
+    coefs.resize(2 * args.rows, static_cast<float>((1.0 - reduction.kl_weight) / divide));
+    args.kl_coef = coefs.data();
+    args.ce_coef = coefs.data() + args.rows;
+  }
 
   const auto body = kernels().sparse_kl;
   // Contiguous runs keep the next-row prefetch useful; eight per thread even out the end.
@@ -94,6 +125,7 @@ Fault sparse_kl(const MdkSparseKL& args, int64_t nnz, int threads) {
   parallel_rows(args.rows, threads, chunk, [&](int thread, int64_t begin, int64_t end) {
     body(&args, &scratch[thread].view, begin, end);
   });
+  if (reduction.loss) write_totals(args, reduction, divide);
   return no_fault;
 }
 

@@ -41,14 +41,12 @@ MDK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // NaN in either
 MDK_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
 MDK_INLINE float vhsum(vf x) { return _mm512_reduce_add_ps(x); }
 MDK_INLINE float vhmax(vf x) { return _mm512_reduce_max_ps(x); }
-MDK_INLINE vf vround(vf x) {
-  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+// t = n + f with n integral. vscalef saturates and underflows as 2^t itself would, NaN stays NaN.
+MDK_INLINE void vsplit_exponent(vf t, vf* f, vf* n) {
+  *f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  *n = t - *f;
 }
-// 2^f * 2^n: vscalef saturates and underflows as 2^t itself would, NaN stays NaN.
-MDK_INLINE vf vldexp(vf y, vf n, vf t) {
-  (void)t;
-  return _mm512_scalef_ps(y, n);
-}
+MDK_INLINE vf vldexp(vf y, vf n) { return _mm512_scalef_ps(y, n); }
 // x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)). x positive.
 MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
   const vf m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
@@ -69,16 +67,8 @@ MDK_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
 MDK_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 MDK_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
 MDK_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
-MDK_INLINE vf vround(vf x) {
-  return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-}
-// 2^n for integral n in [-126, 127]
-MDK_INLINE vf vpow2(vf n) {
-  return _mm256_castsi256_ps(
-      _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
-}
-MDK_INLINE vf vzero_where_less(vf x, float bound, vf value) {
-  return _mm256_andnot_ps(_mm256_cmp_ps(x, vset(bound), _CMP_LT_OQ), value);
+MDK_INLINE vf vshift_to_exponent(vf x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
 }
 
 #else
@@ -96,18 +86,7 @@ MDK_INLINE void vstore(float* p, vf x) { memcpy(p, &x, sizeof x); }
 MDK_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
 MDK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 MDK_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
-MDK_INLINE vf vround(vf x) {  // to nearest even, |x| < 2^22
-  const vf magic = vset(12582912.0f);
-  return (x + magic) - magic;
-}
-MDK_INLINE vf vpow2(vf n) {
-  const vi bits = (__builtin_convertvector(n, vi) + 127) << 23;
-  return (vf)bits;
-}
-MDK_INLINE vf vzero_where_less(vf x, float bound, vf value) {
-  const vi keep = ~(vi)(x < vset(bound));
-  return (vf)((vi)value & keep);
-}
+MDK_INLINE vf vshift_to_exponent(vf x) { return (vf)((vi)x << 23); }
 
 #endif
 
@@ -125,9 +104,18 @@ MDK_INLINE float vhmax(vf x) {
   for (int i = 1; i < W; ++i) best = s[i] > best ? s[i] : best;
   return best;
 }
-// 2^f * 2^n, n clamped to [-126, 127] by the caller; below that the result is 0 (a subnormal
-// probability changes nothing).
-MDK_INLINE vf vldexp(vf y, vf n, vf t) { return vzero_where_less(t, -126.0f, y * vpow2(n)); }
+// Adding it rounds t to the nearest integer and leaves that integer plus 127, the exponent field of
+// a float, in the low bits of the sum.
+constexpr float kRounder = 12582912.0f + 127.0f;
+// t = f + integer for t < 128; `n` holds the integer as the sum with kRounder. Below -126.5 the
+// exponent field becomes 0, so that vldexp gives 0: a subnormal probability changes nothing. The
+// order of the arguments of vmax keeps NaN.
+MDK_INLINE void vsplit_exponent(vf t, vf* f, vf* n) {
+  const vf c = vmax(vset(-127.0f), t);
+  *n = c + vset(kRounder);
+  *f = c - (*n - vset(kRounder));
+}
+MDK_INLINE vf vldexp(vf y, vf n) { return y * vshift_to_exponent(n); }
 // x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)). x normal and positive.
 MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
   float xs[W], ms[W], es[W];
@@ -144,22 +132,16 @@ MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
 }
 #endif
 
-// scale * 2^t, any t: -inf gives 0, NaN stays NaN (hence the argument order of vmin and vmax).
+// scale * 2^t for t < 128: -inf gives 0, NaN stays NaN. (A larger t may give anything.)
 MDK_INLINE vf vexp2_scaled(vf t, vf scale) {
-#if defined(MDK_ISA_AVX512)
-  const vf c = t;
-  const vf f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), n = t - f;
-#else
-  const vf c = vmin(vset(127.0f), vmax(vset(-126.0f), t));
-  const vf n = vround(c), f = c - n;
-#endif
-  (void)c;
+  vf f, n;
+  vsplit_exponent(t, &f, &n);
   vf y = vfma(vset(kExp2C5), f, vset(kExp2C4));
   y = vfma(y, f, vset(kExp2C3));
   y = vfma(y, f, vset(kExp2C2));
   y = vfma(y, f, vset(kExp2C1));
   y = vfma(y, f, vset(kExp2C0));
-  return vldexp(y * scale, n, t);
+  return vldexp(y * scale, n);
 }
 MDK_INLINE vf vexp2(vf t) { return vexp2_scaled(t, vset(1.0f)); }
 

@@ -61,18 +61,17 @@ MDK_INLINE void load2(const bf16_t* p, vf* a, vf* b) {
   *a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
   *b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32((int)0xffff0000)));
 }
-MDK_INLINE vi vround_bf16(vf x) {  // the rounded bf16 in the upper half of each lane
+// The rounded bf16 in the upper half of each lane. For what a kernel stores: of the NaNs only some
+// that no arithmetic makes could overflow here, and a row with NaN logits is filled with the
+// default.
+MDK_INLINE vi vround_bf16(vf x) {
   const vi bits = _mm256_castps_si256(x);
   const vi odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const vi rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-  const vi quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
-  const vf nan = _mm256_cmp_ps(x, x, _CMP_UNORD_Q);
-  return _mm256_blendv_epi8(rounded, quiet, _mm256_castps_si256(nan));
+  return _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
 }
 MDK_INLINE void store2(bf16_t* p, vf a, vf b) {
   const vi low = _mm256_srli_epi32(vround_bf16(a), 16);
-  const vi high = _mm256_and_si256(vround_bf16(b), _mm256_set1_epi32((int)0xffff0000));
-  _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(low, high));
+  _mm256_storeu_si256((__m256i*)p, _mm256_blend_epi16(low, vround_bf16(b), 0xaa));
 }
 MDK_INLINE void load2(const f16_t* p, vf* a, vf* b) {
   *a = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));

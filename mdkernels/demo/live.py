@@ -92,7 +92,8 @@ def compare_losses(
     off = abs(float(found) / float(expected.detach()) - 1)
     if worst > tolerance or off > 1e-4:
         raise RuntimeError(
-            f"the fused loss differs from the dense one in float64: loss by {off:.1e}, gradient by {worst:.1e}"
+            f"the fused loss differs from the dense one in float64: loss by {off:.1e}, gradient "
+            f"by {worst:.1e}"
         )
     times: dict[str, list[float]] = {name: [] for name in LOSSES}
     for _ in range(rounds):

@@ -9,6 +9,8 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def plain_tensor(name: str, value) -> None:
     """Refuse anything whose data pointer would not be the data."""
+    if type(value) is Tensor and value.layout is torch.strided:
+        return
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a torch.Tensor, got {type(value).__name__}")
     if hasattr(value, "full_tensor"):  # DTensor, without importing torch.distributed
@@ -30,9 +32,10 @@ def logits_matrix(name: str, value: Tensor) -> None:
         )
     if value.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{name}: expected a floating point dtype, got {value.dtype}")
-    if value.shape[1] == 0:
+    width = value.shape[1]
+    if width == 0:
         raise ValueError(f"{name}: the vocabulary dimension is empty, got {tuple(value.shape)}")
-    if value.shape[1] > 1 and value.stride(1) != 1:
+    if width > 1 and value.stride(1) != 1:
         raise ValueError(
             f"{name}: rows must be contiguous (stride 1 within a row), got strides "
             f"{value.stride()}; call .contiguous()"
@@ -56,7 +59,10 @@ def storage_covers(name: str, value: Tensor) -> None:
     """FSDP frees storage behind a tensor's back; a raw pointer into it would be a crash."""
     if value.numel() == 0:
         return
-    extent = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
+    if value.is_contiguous():
+        extent = value.numel()
+    else:
+        extent = sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) + 1
     needed = (value.storage_offset() + extent) * value.element_size()
     if value.untyped_storage().nbytes() < needed:
         raise RuntimeError(f"{name}: its storage has been freed (is it an FSDP parameter shard?)")

@@ -57,8 +57,7 @@ def empty_huge(like: torch.Tensor, shape, dtype=None) -> torch.Tensor:
     A fresh 100 MB output in 4 KB pages costs 25000 page faults, several times the kernel that
     fills it.
     """
-    out = like.new_empty(shape, dtype=dtype)
-    nbytes = out.numel() * out.element_size()
-    if nbytes >= 4 << 20:
-        load("_cpu").module.advise_huge_pages(out.data_ptr(), nbytes)
+    out = torch.empty(shape, dtype=dtype or like.dtype)
+    if out.nbytes >= 4 << 20:
+        load("_cpu").module.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out

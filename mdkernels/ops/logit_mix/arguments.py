@@ -33,22 +33,21 @@ def canonical(base_logits, memory_logits, mix_weight, memory_temperature) -> tup
             f"{type(memory_logits).__name__}"
             + (" without elements" if isinstance(memory_logits, (list, tuple)) else "")
         )
-    rows, wide = base_logits.shape[0], base_logits.dtype == torch.float64
+    rows, device = base_logits.shape[0], base_logits.device
+    wide = base_logits.dtype == torch.float64
     for name, memory in zip(names, memories, strict=True):
         checks.logits_matrix(name, memory)
         if memory.shape[0] != rows:
             raise ValueError(f"{name}: {memory.shape[0]} rows, base_logits has {rows}")
-        if memory.device != base_logits.device:
-            raise ValueError(
-                f"{name}: on {memory.device}, base_logits on {base_logits.device}; use .to()"
-            )
+        if memory.device != device:
+            raise ValueError(f"{name}: on {memory.device}, base_logits on {device}; use .to()")
         wide = wide or memory.dtype == torch.float64
     memory_temperature = float(memory_temperature)
     if not 0.0 < memory_temperature < math.inf:
         raise ValueError(
             f"memory_temperature: expected a finite number above 0, got {memory_temperature}"
         )
-    row_weights, weights = _weights(mix_weight, len(memories), rows, base_logits.device)
+    row_weights, weights = _weights(mix_weight, len(memories), rows, device)
     if row_weights is not None:
         row_weights = row_weights.to(torch.float64 if wide else torch.float32)
     if wide:  # the dtype that decides over the backend

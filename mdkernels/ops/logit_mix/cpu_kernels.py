@@ -36,14 +36,12 @@ def mixture(base_logits, memory_logits, row_weights, weights) -> tuple:
             f"memory_logits: the cpu backend mixes at most {MOST_MEMORIES} memories, got "
             f"{len(memory_logits)}; use backend='reference'"
         )
-    inputs = []
-    for name, logits in (
-        ("base_logits", base_logits),
-        *(("memory_logits", m) for m in memory_logits),
-    ):
-        storage_covers(name, logits)
-        inputs.append(
-            (logits.data_ptr(), logits.stride(0), logits.shape[1], native.DTYPE_CODE[logits.dtype])
-        )
+    inputs = [_input("base_logits", base_logits)]
+    inputs += [_input("memory_logits", memory) for memory in memory_logits]
     rows = (0, 0, 0) if row_weights is None else (row_weights.data_ptr(), *row_weights.stride())
     return base_logits.shape[0], inputs, weights, rows
+
+
+def _input(name: str, logits: Tensor) -> tuple[int, int, int, int]:
+    storage_covers(name, logits)
+    return logits.data_ptr(), logits.stride(0), logits.shape[1], native.DTYPE_CODE[logits.dtype]

@@ -8,8 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import checks, dispatch
 from ..sparse_targets import SparseTargets
-
-REDUCTIONS = ("mean", "sum", "none")
+from .reduction import REDUCTIONS, combine, wide_dtype
 
 
 class SparseKLOutput(NamedTuple):
@@ -23,12 +22,8 @@ class SparseKLOutput(NamedTuple):
 _SPARSE = "Tensor row_offsets, Tensor token_ids, Tensor probs, Tensor? labels, int ignore_index"
 
 
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype == torch.float64 else torch.float32
-
-
 def _fake_forward(logits, row_offsets, token_ids, probs, labels, ignore_index, backend):
-    rows = logits.new_empty(logits.shape[0], dtype=_wide(logits))
+    rows = logits.new_empty(logits.shape[0], dtype=wide_dtype(logits))
     return rows, torch.empty_like(rows), torch.empty_like(rows, dtype=torch.float64)
 
 
@@ -36,9 +31,11 @@ def _fake_backward(logits, *args):
     return logits.new_empty(logits.shape)
 
 
-def _fake_forward_backward_(logits, *args):
-    rows = logits.new_empty(logits.shape[0], dtype=_wide(logits))
-    return rows, torch.empty_like(rows)
+def _fake_loss_grad_(logits, *args):
+    reduction = args[-2]
+    shape = logits.shape[:1] if reduction == "none" else ()
+    loss = logits.new_empty(shape, dtype=wide_dtype(logits))
+    return loss, torch.empty_like(loss), torch.empty_like(loss)
 
 
 _forward = dispatch.define(
@@ -54,12 +51,12 @@ _backward = dispatch.define(
     " -> Tensor",
     _fake_backward,
 )
-_forward_backward_ = dispatch.define(
+_loss_grad_ = dispatch.define(
     "sparse_kl",
-    "forward_backward_",
-    f"(Tensor(a!) logits, {_SPARSE}, Tensor kl_coef, Tensor ce_coef, str backend)"
-    " -> (Tensor kl, Tensor ce)",
-    _fake_forward_backward_,
+    "loss_grad_",
+    f"(Tensor(a!) logits, {_SPARSE}, float kl_weight, str reduction, str backend)"
+    " -> (Tensor loss, Tensor kl, Tensor ce)",
+    _fake_loss_grad_,
     mutates=True,
 )
 _scale_ = dispatch.define(
@@ -94,36 +91,19 @@ class _InPlace(torch.autograd.Function):
     """(loss, kl, ce) where the logits become d(loss)/d(logits) already in the forward."""
 
     @staticmethod
-    def forward(
-        ctx,
-        logits,
-        row_offsets,
-        token_ids,
-        probs,
-        labels,
-        ignore_index,
-        kl_weight,
-        reduction,
-        backend,
-    ):
-        rows = torch.ones(logits.shape[0], dtype=_wide(logits), device=logits.device)
-        if reduction == "mean":
-            rows = rows / _valid_rows(logits, labels, ignore_index)
-        sparse = (row_offsets, token_ids, probs, labels, ignore_index)
-        coefs = (kl_weight * rows, (1.0 - kl_weight) * rows)
-        kl, ce = _forward_backward_(logits, *sparse, *coefs, backend)
+    def forward(ctx, logits, *arguments):
+        loss, kl, ce = _loss_grad_(logits, *arguments)
         ctx.save_for_backward(logits)
-        ctx.backend = backend
-        output = _combine(kl, ce, labels, ignore_index, kl_weight, reduction)
-        ctx.mark_non_differentiable(output.kl, output.ce)
-        return tuple(output)
+        ctx.backend, ctx.num_arguments = arguments[-1], len(arguments)
+        ctx.mark_non_differentiable(kl, ce)
+        return loss, kl, ce
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss, _dkl, _dce):
         (grad,) = ctx.saved_tensors
         _scale_(grad, dloss, ctx.backend)
-        return grad, None, None, None, None, None, None, None, None
+        return (grad, *(None,) * ctx.num_arguments)
 
 
 def sparse_kl(
@@ -183,7 +163,7 @@ def sparse_kl(
         _check_inplace(logits)
         return SparseKLOutput(*_InPlace.apply(logits, *sparse, kl_weight, reduction, backend))
     kl, ce = _Rows.apply(logits, *sparse, backend)
-    return _combine(kl, ce, labels, ignore_index, kl_weight, reduction)
+    return SparseKLOutput(*combine(kl, ce, labels, ignore_index, kl_weight, reduction))
 
 
 def _check(logits, targets, labels, ignore_index, reduction) -> None:
@@ -217,20 +197,3 @@ def _check_inplace(logits: Tensor) -> None:
             f"inplace=True: rows of logits overlap in memory (strides {logits.stride()}); "
             "use inplace=False or .contiguous()"
         )
-
-
-def _valid_rows(logits: Tensor, labels: Tensor | None, ignore_index: int) -> Tensor | int:
-    """How many rows count, at least 1: a batch without any has loss 0, not NaN."""
-    if labels is None:
-        return max(logits.shape[0], 1)
-    return (labels != ignore_index).sum().clamp(min=1)
-
-
-def _combine(kl, ce, labels, ignore_index, kl_weight, reduction) -> SparseKLOutput:
-    """Reduce (N,) kl and ce, and weigh them. A weight of 0 drops its term: 0 * inf is NaN."""
-    if reduction != "none":
-        count = _valid_rows(kl, labels, ignore_index) if reduction == "mean" else 1
-        kl, ce = kl.sum() / count, ce.sum() / count
-    if kl_weight in (0.0, 1.0):
-        return SparseKLOutput((kl if kl_weight else ce).clone(), kl, ce)
-    return SparseKLOutput(kl_weight * kl + (1.0 - kl_weight) * ce, kl, ce)

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .. import native
 from ..checks import raise_fault, storage_covers
+from .reduction import combine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -27,13 +28,26 @@ def backward(
     return grad
 
 
-def forward_backward_(
-    logits, row_offsets, token_ids, probs, labels, ignore_index, kl_coef, ce_coef
-) -> tuple[Tensor, Tensor]:
+def loss_grad_(
+    logits, row_offsets, token_ids, probs, labels, ignore_index, kl_weight, reduction
+) -> tuple[Tensor, Tensor, Tensor]:
     kl, ce = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
     sparse = (row_offsets, token_ids, probs, labels, ignore_index)
-    _launch(logits, sparse, kl=kl, ce=ce, grad=logits, coefs=(kl_coef, ce_coef))
-    return kl, ce
+    if reduction == "none":
+        _launch(logits, sparse, kl=kl, ce=ce, grad=logits, kl_weight=kl_weight)
+        return combine(kl, ce, labels, ignore_index, kl_weight, reduction)
+    totals = tuple(kl.new_empty(()) for _ in range(3))
+    _launch(
+        logits,
+        sparse,
+        kl=kl,
+        ce=ce,
+        grad=logits,
+        kl_weight=kl_weight,
+        mean=reduction == "mean",
+        totals=totals,
+    )
+    return totals
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
@@ -44,8 +58,21 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
 
 
 def _launch(
-    logits, sparse, *, kl=None, ce=None, lse=None, grad=None, coefs=(None, None), grad_only=False
+    logits,
+    sparse,
+    *,
+    kl=None,
+    ce=None,
+    lse=None,
+    grad=None,
+    coefs=(None, None),
+    grad_only=False,
+    kl_weight=0.0,
+    mean=False,
+    totals=(None, None, None),
 ) -> None:
+    """With a gradient, `coefs` are the factors of every row, or None: then they are `kl_weight` and
+    what it leaves of 1, over the number of rows that count if `mean`."""
     row_offsets, token_ids, probs, labels, ignore_index = sparse
     storage_covers("logits", logits)
     if probs is not None and probs.dtype == torch.float64:
@@ -75,6 +102,9 @@ def _launch(
         0 if grad is None else grad.stride(0),
         native.address(kl_coef),
         native.address(ce_coef),
+        kl_weight,
+        mean,
+        *(native.address(total) for total in totals),
         torch.get_num_threads(),
     )
     raise_fault(fault, vocab)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import find_fault, raise_fault
+from .reduction import loss_grad_through
 
 
 def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
@@ -54,6 +55,10 @@ def forward_backward_(
     kl, ce, lse = forward(logits, *sparse)
     logits.copy_(backward(logits, *sparse, lse, kl_coef, ce_coef))
     return kl, ce
+
+
+def loss_grad_(logits, *arguments):
+    return loss_grad_through(forward_backward_, logits, *arguments)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
