@@ -2,9 +2,9 @@
 
     python tests/triton_compile/gate.py [--op sparse_kl] [--arch 90] [--update] [--sass DIR]
 
-Must run without TRITON_INTERPRET. Fails on a kernel that does not compile, that needs more shared
-memory than the GPU has, that spills more than the baseline says, or, under the Triton version of the
-baseline, needs more registers or shared memory or has fewer 16-byte accesses.
+Must run without TRITON_INTERPRET. Fails on a kernel that does not compile, needs more shared memory
+than the GPU has, spills more than the baseline says, or, under the Triton version of the baseline,
+needs more registers or shared memory or has fewer 16-byte accesses.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 
 An operator adds a function to LAUNCHES. It gets the architecture (90 stands for "everything"; the
 others compile what differs between architectures) and yields (label, call): `call()` must reach the
-launch sites with CPU tensors of a few rows. The label names the specialisation and is part of the key
-in baseline.json.
+launch sites with CPU tensors of a few rows. The label names the specialisation; it is part of the
+key in baseline.json.
 """
 
 import torch

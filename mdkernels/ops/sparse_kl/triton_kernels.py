@@ -35,7 +35,6 @@ from .triton_table import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-STEP = tl.constexpr(8)  # entries compared at a time where ids repeat
 PROGRAMS = 1024  # of the scaling kernel: enough to fill any device, few enough to launch at once
 
 
@@ -43,7 +42,7 @@ PROGRAMS = 1024  # of the scaling kernel: enough to fill any device, few enough 
 def _forward(
     logits, logits_stride, vocab, row_offsets, ids, probs, nnz, labels, labels_stride, ignore_index,
     kl, ce, lse,
-    LANES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, FEW: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, FEW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * logits_stride
@@ -103,7 +102,7 @@ def _backward(
     logits, logits_stride, grad, grad_stride, vocab,
     row_offsets, ids, probs, nnz, labels, labels_stride, ignore_index,
     lse, kl_coef, kl_stride, ce_coef, ce_stride,
-    LANES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, FEW: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, FEW: tl.constexpr, STEP: tl.constexpr,
     SAME: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -167,7 +166,7 @@ def _forward_backward(
     logits, logits_stride, vocab,
     row_offsets, ids, probs, nnz, labels, labels_stride, ignore_index,
     kl_coef, kl_stride, ce_coef, ce_stride, kl, ce,
-    LANES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, FEW: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, FEW: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     x = logits + row * logits_stride
@@ -221,7 +220,7 @@ def _forward_backward(
     if end - begin > K:
         _write_long(
             x, xb, head, body, column, on_edge, edge, ids, probs, begin, end, repeats, label,
-            highest, scale, a, vocab, LANES, VEC, K,
+            highest, scale, a, vocab, LANES // 4, VEC, K, STEP,
         )  # fmt: skip
     else:
         write_softmax(xb, xb, readable, body, highest, scale, LANES, VEC)
@@ -243,7 +242,7 @@ def _forward_backward(
 def _write_long(
     x, xb, head, body, column, on_edge, edge, ids, probs, begin, end, repeats, label,
     highest, scale, a, vocab,
-    LANES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr,
+    LANES: tl.constexpr, VEC: tl.constexpr, K: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """The in-place gradient of a row with more than K targets: tile by tile, each target taking its
     logit from the registers of the tile it falls into."""
@@ -346,6 +345,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
             LANES=parameters.block // 16,
             VEC=vector(grad.dtype),
             num_warps=parameters.warps,
+            maxnreg=parameters.registers,
             enable_fp_fusion=True,
         )
 
@@ -386,6 +386,8 @@ def _run(kernel, logits, *arguments, **constants) -> None:
             VEC=vector(logits.dtype),
             K=parameters.entries,
             FEW=few,
+            STEP=parameters.step,
             num_warps=parameters.warps,
+            maxnreg=parameters.registers,
             enable_fp_fusion=True,
         )

@@ -13,22 +13,24 @@ class Launch(NamedTuple):
     warps: int
     entries: int = 1024  # targets of a row held in registers; longer rows take a slower path
     few: int = 64  # up to so many are compared each with each to find repeated ids
+    step: int = 4  # where ids repeat, each entry is compared with so many at a time
+    registers: int = 64  # a thread: 1024 threads fill the register file of a multiprocessor
 
 
-# Row bytes up to which a line holds. One row of 151936 bf16 logits per multiprocessor of an H200
-# fits the second-level cache, two do not: 32 warps of more than 32 registers leave room for one.
+# The first line whose row bytes suffice. With 1024 threads on a multiprocessor an H200 has 132 rows
+# of 304 kB (151936 bf16 logits) or 264 of 100 kB (50257) in flight, which its second-level cache of
+# 50 MB holds until they are read again.
 TABLE = (
     (4 << 10, Launch(4 << 10, 4)),
     (64 << 10, Launch(16 << 10, 8)),
     (160 << 10, Launch(16 << 10, 16)),
     (1 << 62, Launch(32 << 10, 32)),
 )
-# An interpreted iteration costs milliseconds whatever its size.
-INTERPRETER = Launch(64 << 10, 4)
+INTERPRETER = Launch(64 << 10, 4, step=512)
 
 
 def launch(vocab: int, itemsize: int) -> Launch:
     size = vocab * itemsize
-    if INTERPRETED:
+    if INTERPRETED:  # an interpreted iteration costs milliseconds whatever its size
         return INTERPRETER._replace(block=max(64, min(64 << 10, triton.next_power_of_2(size))))
     return next(row for limit, row in TABLE if size <= limit)
