@@ -9,7 +9,7 @@ from ..triton_rows import INTERPRETED
 
 
 class Launch(NamedTuple):
-    block: int  # bytes of a row per iteration: a multiple of 16 bytes a thread
+    block: int  # bytes of a row per iteration; over the threads, what each has in flight at once
     warps: int
     entries: int = 1024  # targets of a row held in registers; longer rows take a slower path
     few: int = 64  # up to so many are compared each with each to find repeated ids
@@ -21,10 +21,9 @@ class Launch(NamedTuple):
 # of 304 kB (151936 bf16 logits) or 264 of 100 kB (50257) in flight, which its second-level cache of
 # 50 MB holds until they are read again.
 TABLE = (
-    (4 << 10, Launch(4 << 10, 4)),
-    (64 << 10, Launch(16 << 10, 8)),
-    (160 << 10, Launch(16 << 10, 16)),
-    (1 << 62, Launch(32 << 10, 32)),
+    (4 << 10, Launch(4 << 10, 4, entries=256)),
+    (160 << 10, Launch(32 << 10, 16)),
+    (1 << 62, Launch(64 << 10, 32)),
 )
 INTERPRETER = Launch(64 << 10, 4, step=512)
 
