@@ -32,7 +32,7 @@ def measure(ops, architectures, sass=None) -> dict:
                 if not compiled:
                     raise RuntimeError(f"{op} {label}: nothing was launched")
                 for name, kernel in compiled:
-                    key = f"{op} {name.lstrip('_')} {label} sm_{arch}"
+                    key = f"{op} {name} {label} sm_{arch}"
                     result = offline.inspect(name, kernel, arch)
                     entry = {field: getattr(result, field) for field in MEASURED}
                     if key in found and found[key] != entry:  # several specialisations in one call

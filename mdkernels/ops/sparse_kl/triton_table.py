@@ -21,7 +21,7 @@ class Launch(NamedTuple):
 # of 304 kB (151936 bf16 logits) or 264 of 100 kB (50257) in flight, which its second-level cache of
 # 50 MB holds until they are read again.
 TABLE = (
-    (4 << 10, Launch(4 << 10, 4, entries=256)),
+    (4 << 10, Launch(4 << 10, 4, entries=256, registers=96)),
     (160 << 10, Launch(32 << 10, 16)),
     (1 << 62, Launch(64 << 10, 32)),
 )
