@@ -29,7 +29,8 @@ test: $(VENV)/stamp-dev
 # The Triton kernels without a GPU: under the interpreter (which must be chosen before triton is
 # imported, hence a process of its own), and compiled for every supported GPU.
 test-triton: $(VENV)/stamp-dev
-	TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -W ignore -n 2
+	TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -W ignore -n 2 \
+	  $$(grep -l "mark.interpreted" tests/test_*.py)
 	$(BIN)/python tests/triton_compile/gate.py
 
 lint: $(VENV)/stamp-dev

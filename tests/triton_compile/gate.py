@@ -8,7 +8,9 @@ needs more registers or shared memory or has fewer 16-byte accesses.
 """
 
 import argparse
+import concurrent.futures
 import json
+import multiprocessing
 import os
 import sys
 from pathlib import Path
@@ -21,25 +23,34 @@ BASELINE = Path(__file__).with_name("baseline.json")
 MEASURED = ("registers", "stack", "local", "shared", "wide")
 
 
-def measure(ops, architectures, sass=None) -> dict:
+def measure(op: str, arch: int, sass: Path | None) -> dict:
     """{"op kernel label sm_90": {registers, stack, local, shared, wide}}"""
     found = {}
-    for arch in architectures:
-        for op in ops:
-            for label, call in LAUNCHES[op](arch):
-                with offline.compiling(arch) as compiled:
-                    call()
-                if not compiled:
-                    raise RuntimeError(f"{op} {label}: nothing was launched")
-                for name, kernel in compiled:
-                    key = f"{op} {name} {label} sm_{arch}"
-                    result = offline.inspect(name, kernel, arch)
-                    entry = {field: getattr(result, field) for field in MEASURED}
-                    if key in found and found[key] != entry:  # several specialisations in one call
-                        entry = {field: max(entry[field], found[key][field]) for field in MEASURED}
-                    found[key] = entry
-                    if sass:
-                        (sass / f"{key.replace(' ', '_')}.sass").write_text(result.sass)
+    for label, call in LAUNCHES[op](arch):
+        with offline.compiling(arch) as compiled:
+            call()
+        if not compiled:
+            raise RuntimeError(f"{op} {label}: nothing was launched")
+        for name, kernel in compiled:
+            key = f"{op} {name} {label} sm_{arch}"
+            result = offline.inspect(name, kernel, arch)
+            entry = {field: getattr(result, field) for field in MEASURED}
+            if key in found:  # several specialisations in one call
+                entry = {field: max(entry[field], found[key][field]) for field in MEASURED}
+            found[key] = entry
+            if sass:
+                (sass / f"{key.replace(' ', '_')}.sass").write_text(result.sass)
+    return found
+
+
+def measure_all(ops, architectures, sass=None) -> dict:
+    jobs = [(op, arch, sass) for arch in architectures for op in ops]
+    workers = min(len(jobs), len(os.sched_getaffinity(0)))
+    spawn = multiprocessing.get_context("spawn")  # torch has threads
+    found = {}
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn) as pool:
+        for part in pool.map(measure, *zip(*jobs, strict=True)):
+            found |= part
     return found
 
 
@@ -77,7 +88,7 @@ def main() -> int:
         arguments.sass.mkdir(parents=True, exist_ok=True)
 
     ops = arguments.op or list(LAUNCHES)
-    found = measure(ops, arguments.arch or offline.ARCHITECTURES, arguments.sass)
+    found = measure_all(ops, arguments.arch or offline.ARCHITECTURES, arguments.sass)
     stored = json.loads(BASELINE.read_text()) if BASELINE.exists() else {"kernels": {}}
     if arguments.update:
         gone = {k for k in stored["kernels"] if k.split()[0] in ops and not arguments.arch}
