@@ -20,11 +20,11 @@ import triton
 from launches import LAUNCHES
 
 BASELINE = Path(__file__).with_name("baseline.json")
-MEASURED = ("registers", "stack", "local", "shared", "wide")
+MEASURED = ("warps", "registers", "stack", "local", "shared", "wide")
 
 
 def measure(op: str, arch: int, sass: Path | None) -> dict:
-    """{"op kernel label sm_90": {registers, stack, local, shared, wide}}"""
+    """{"op kernel label sm_90": {warps, registers, stack, local, shared, wide}}"""
     found = {}
     for label, call in LAUNCHES[op](arch):
         with offline.compiling(arch) as compiled:
@@ -60,6 +60,8 @@ def violations(found: dict, baseline: dict, same_version: bool) -> list[str]:
         limit = offline.SHARED_LIMIT[int(key.rpartition("sm_")[2])]
         if entry["shared"] > limit:
             out.append(f"{key}: {entry['shared']} bytes of shared memory, the GPU has {limit}")
+        if entry["registers"] * entry["warps"] * 32 > offline.REGISTER_FILE:
+            out.append(f"{key}: {entry['warps']} warps of {entry['registers']} registers: too many")
         known = baseline.get(key)
         if known is None:
             out.append(f"{key}: not in the baseline; run this with --update")

@@ -20,6 +20,7 @@ from triton.runtime.jit import JITFunction
 ARCHITECTURES = (80, 90, 100)
 # Dynamic shared memory a block may ask for, in bytes.
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+REGISTER_FILE = 65536  # registers of a multiprocessor, all that one block can have
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -47,6 +48,7 @@ class Kernel:
     name: str
     arch: int
     registers: int
+    warps: int
     stack: int  # bytes; more than 0 is a spill or an array the compiler could not keep in registers
     local: int  # instructions that access it
     shared: int
@@ -85,6 +87,7 @@ def inspect(name: str, kernel, arch: int) -> Kernel:
         name=name,
         arch=arch,
         registers=int(found[1]),
+        warps=kernel.metadata.num_warps,
         stack=int(found[2]),
         local=sum(op.split(".")[0] in ("LDL", "STL") for op in opcodes),
         shared=kernel.metadata.shared,

@@ -175,9 +175,6 @@ def forward_backward_rows(
     label, live, bad_label = label_of(labels, row, labels_stride, ignore_index, vocab)
     begin, end, poison = range_of(row_offsets, row, nnz, live)
     poison = tl.maximum(poison, bad_label)
-    a = tl.load(kl_coef + row * kl_stride).to(tl.float32)
-    c = tl.load(ce_coef + row * ce_stride).to(tl.float32)
-    c = tl.where(label >= 0, c, 0.0)
 
     # What is needed of the logits besides the softmax is fetched before it is overwritten.
     head, body = split_row(x, vocab, VEC)
@@ -214,6 +211,9 @@ def forward_backward_rows(
                 at = tl.load(x + more, mask=ok, other=0.0).to(tl.float32)
                 of = id_mass(more, p, ids, probs, begin, end, repeats, K, STEP)
                 loss += kl_terms(p, of, at, ok, highest, log_s.to(tl.float32))
+    a = tl.load(kl_coef + row * kl_stride).to(tl.float32)
+    c = tl.load(ce_coef + row * ce_stride).to(tl.float32)
+    c = tl.where(label >= 0, c, 0.0)
     scale = tl.where(live > 0, tl.div_rn(a * total + c, s), 0.0)
     scale = tl.where(poison > 0, float("nan"), scale)
     scale = tl.where(tl.abs(scale) < float("inf"), scale, float("nan"))
