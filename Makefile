@@ -1,9 +1,9 @@
-# make demo | test | lint | sanitize | bench      (all of them create .venv if it is not there)
+# make demo | test | test-triton | lint | sanitize | bench      (all of them create .venv if it is not there)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format sanitize bench clean
+.PHONY: demo test test-triton lint format sanitize bench clean
 
 # CPU torch where no GPU is visible, the newest torch where one is. torch goes in first, so that no
 # later resolver run replaces it. The stamp makes a second run free until the packaging changes.
@@ -25,6 +25,13 @@ demo: $(VENV)/stamp
 
 test: $(VENV)/stamp-dev
 	$(BIN)/python -m pytest
+
+# The Triton kernels without a GPU: under the interpreter (which must be chosen before triton is
+# imported, hence a process of its own), and compiled for every supported GPU.
+test-triton: $(VENV)/stamp-dev
+	TRITON_INTERPRET=1 $(BIN)/python -W ignore -m pytest -W ignore -n 2 \
+	  $$(grep -l "mark.interpreted" tests/test_*.py)
+	$(BIN)/python tests/triton_compile/gate.py
 
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .

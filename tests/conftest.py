@@ -1,5 +1,7 @@
 """Parametrisation over backends and instruction sets, and the fixtures the operator tests share."""
 
+import os
+
 import pytest
 import torch
 from helpers import variants
@@ -22,6 +24,10 @@ settings.load_profile("mdk")
 # Kernels that should run threaded do so inside `helpers.threads`.
 torch.set_num_threads(1)
 
+# Triton's interpreter takes milliseconds for every iteration of a program: under it only the tests
+# marked `interpreted` run, on the triton backend alone.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
 
 def pytest_generate_tests(metafunc):
     """A test that asks for `variant` runs on every backend and instruction set available here for
@@ -30,6 +36,8 @@ def pytest_generate_tests(metafunc):
     if "variant" not in names:
         return
     found = variants(metafunc.module.OP)
+    if INTERPRETED:
+        found = [v for v in found if v.backend == "triton"]
     marks = {v: [pytest.mark.gpu] if v.device == "cuda" else [] for v in found}
     if "dtype" not in names:
         params = [pytest.param(v, id=str(v), marks=marks[v]) for v in found]
@@ -43,13 +51,30 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("variant", "dtype"), params, indirect=["variant"])
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if INTERPRETED:
+        dropped = [item for item in items if not _interpreted(item)]
+        items[:] = [item for item in items if _interpreted(item)]
+        config.hook.pytest_deselected(items=dropped)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device is visible to torch")
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(skip)
+
+
+def _interpreted(item) -> bool:
+    """Marked ``interpreted``, with the parameters one of its marks names, if it names any: a value,
+    as in interpreted(inplace=True), or a list of them."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    return any(
+        all(
+            parameters.get(name) in (value if isinstance(value, list) else [value])
+            for name, value in mark.kwargs.items()
+        )
+        for mark in item.iter_markers("interpreted")
+    )
 
 
 @pytest.fixture

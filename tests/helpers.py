@@ -45,6 +45,9 @@ class Variant:
     def dtypes(self) -> list[torch.dtype]:
         taken = []
         for dtype in DTYPES:
+            # The interpreter truncates fp32 to bf16 where hardware rounds to nearest.
+            if self.backend == "triton" and self.device == "cpu" and dtype == torch.bfloat16:
+                continue
             try:
                 dispatch.resolve(self.op, self.backend, self.device, dtype)
             except BackendUnavailable:

@@ -1,5 +1,6 @@
 """torch.library.opcheck of every registered operator, and torch.compile with fullgraph=True."""
 
+import os
 import warnings
 
 import pytest
@@ -52,6 +53,11 @@ OPERATORS = [
 RUNS = [("auto", torch.float32), ("auto", torch.bfloat16), ("reference", torch.float64)]
 
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    RUNS.append(("triton", torch.float32))
+
+
+@pytest.mark.interpreted(backend="triton", strided=True)
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
 @pytest.mark.parametrize("strided", [False, True], ids=["packed", "strided"])
 @pytest.mark.parametrize("name", OPERATORS)

@@ -104,6 +104,7 @@ def attempt(variant, logits, targets, labels, inplace):
         raise
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("bad", [-1, V, 2**31 - 1, -(2**31)])
 def test_token_id_out_of_range(variant, good, bad, inplace):
@@ -120,6 +121,7 @@ def test_token_id_out_of_range(variant, good, bad, inplace):
         assert out.loss.isnan().tolist() == [False, False, True, False]
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("bad", [-1, -101, V, 2**31, 2**32 + 5, -(2**63)])
 def test_label_out_of_range(variant, good, bad, inplace):
@@ -147,6 +149,7 @@ def test_label_out_of_range(variant, good, bad, inplace):
         ([0, 2**62, 2**62, 2**62, 2**62], r"row_offsets: must end at .*4611686018427387904"),
     ],
 )
+@pytest.mark.interpreted
 def test_offsets_that_are_none(variant, good, offsets, message):
     logits, _, labels = good
     if variant.device != "cpu":
@@ -159,6 +162,7 @@ def test_offsets_that_are_none(variant, good, offsets, message):
             attempt(variant, logits, targets, labels, inplace)
 
 
+@pytest.mark.interpreted
 def test_ignore_index_inside_the_vocabulary(variant, good):
     logits, targets, labels = good
     labels = torch.full_like(labels, 5)
@@ -169,6 +173,7 @@ def test_ignore_index_inside_the_vocabulary(variant, good):
         call(variant, logits, targets, torch.full_like(labels, IGNORE), ignore_index=5)
 
 
+@pytest.mark.interpreted
 def test_labels_may_be_strided(variant, good):
     logits, targets, labels = good
     spread = torch.stack([labels, torch.full_like(labels, 31)], 1)[:, 0]
@@ -178,6 +183,7 @@ def test_labels_may_be_strided(variant, good):
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+@pytest.mark.interpreted
 def test_freed_storage_is_noticed(variant, good):
     """What FSDP does to a parameter that is not gathered."""
     logits, targets, labels = good

@@ -10,6 +10,7 @@ from mdkernels import sparse_kl
 OP = "sparse_kl"
 
 
+@pytest.mark.interpreted(dtype=torch.float32)
 def test_inplace_turns_the_logits_into_the_gradient(variant, dtype):
     p = problem("normal", 8, 301, dtype)
     logits, targets, labels = on(p, variant)
@@ -38,6 +39,7 @@ def test_inplace_refuses_a_parameter_and_its_views(variant):
     assert torch.equal(leaf.detach(), before)
 
 
+@pytest.mark.interpreted
 def test_inplace_refuses_overlapping_rows(variant):
     p = problem("normal", 4, 33, torch.float32)
     _, targets, labels = on(p, variant)
@@ -72,6 +74,7 @@ def test_inplace_other_reader_of_the_logits_is_an_error(variant):
         (out.loss + z_loss).backward()
 
 
+@pytest.mark.interpreted
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_inplace_second_backward_is_an_error(variant, scale):
     p = problem("normal", 4, 33, torch.float32)
@@ -84,6 +87,7 @@ def test_inplace_second_backward_is_an_error(variant, scale):
         loss.backward()
 
 
+@pytest.mark.interpreted
 def test_inplace_loss_used_twice(variant):
     p = problem("normal", 4, 33, torch.float32)
     logits, targets, labels = on(p, variant)
@@ -130,6 +134,7 @@ def test_inplace_without_a_gradient_leaves_the_logits_alone(variant, mode):
     )
 
 
+@pytest.mark.interpreted
 def test_inplace_through_a_view_of_a_model_output(variant):
     """logits[:, :-1] of a (B, T, V) output: strided rows, and the last position gets 0."""
     p = problem("normal", 3, 33, torch.float32)

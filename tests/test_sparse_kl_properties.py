@@ -170,6 +170,7 @@ def test_same_input_same_bits(variant, dtype):
     assert all(torch.equal(a, b) for r in results[1:] for a, b in zip(r, results[0], strict=True))
 
 
+@pytest.mark.interpreted
 def test_padded_and_dense_targets_are_the_same_targets(variant):
     logits = make_logits("peaked", 6, 97, torch.float32)
     top, ids = logits.roll(3, 1).softmax(1).topk(7)

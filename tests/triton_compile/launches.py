@@ -1,0 +1,65 @@
+"""Every launch that the compile gate compiles.
+
+An operator adds a function to LAUNCHES. It gets the architecture (90 stands for "everything"; the
+others compile what differs between architectures) and yields (label, call): `call()` must reach the
+launch sites with CPU tensors of a few rows. The label names the specialisation; it is part of the
+key in baseline.json.
+"""
+
+import torch
+
+from mdkernels.ops.sparse_kl import triton_kernels as sparse_kl_kernels
+from mdkernels.ops.token_logprobs import triton_kernels as token_logprobs_kernels
+
+
+def _name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def sparse_kl(arch):
+    """Every line of the launch table by its longest vocabulary, every dtype, odd and even rows."""
+    labels, one = torch.tensor([0, 1]), torch.ones(2)
+    lse = torch.zeros(2, dtype=torch.float64)
+    targets = (torch.tensor([0, 1, 2]), torch.tensor([0, 1], dtype=torch.int32), one)
+    sparse = (*targets, labels, -100)
+
+    def every(z):
+        sparse_kl_kernels.forward(z, *sparse)
+        sparse_kl_kernels.backward(z, *sparse, lse, one, one)
+        gradient(z)
+        sparse_kl_kernels.scale_(z, one[0])
+
+    def gradient(z, labels=labels):
+        sparse_kl_kernels.forward_backward_(z, *targets, labels, -100, one, one)
+
+    def case(dtype, vocab, call):
+        return f"{_name(dtype)} {vocab}", lambda: call(torch.zeros(2, vocab, dtype=dtype))
+
+    yield case(torch.bfloat16, 50257, every)
+    yield case(torch.bfloat16, 151936, gradient)
+    if arch != 90:
+        return
+    yield case(torch.float32, 151936, every)
+    yield case(torch.float16, 1000, gradient)
+    yield case(torch.bfloat16, 32000, gradient)
+    z = torch.zeros(2 * 50257 + 1, dtype=torch.bfloat16)
+    yield "no labels", lambda: gradient(z[1:].view(2, 50257), None)
+    yield (
+        "shifted",
+        lambda: sparse_kl_kernels.backward(z[1:].view(2, 50257), *sparse, lse, one, one),
+    )
+
+
+def token_logprobs(arch):
+    labels, one = torch.tensor([0, 1]), torch.ones(2)
+    lse = torch.zeros(2, dtype=torch.float64)
+    z = torch.zeros(2, 50257, dtype=torch.bfloat16)
+
+    def call():
+        token_logprobs_kernels.forward(z, labels, -100)
+        token_logprobs_kernels.backward(z, labels, -100, lse, one)
+
+    yield "bfloat16 50257", call
+
+
+LAUNCHES = {"sparse_kl": sparse_kl, "token_logprobs": token_logprobs}
