@@ -7,6 +7,7 @@ from torch import Tensor
 from .. import checks
 from ..triton_rows import INTERPRETED, launching, vector
 from . import triton_programs
+from .reduction import loss_grad_through
 from .triton_table import launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -55,6 +56,10 @@ def forward_backward_(
     rows = (logits, logits.stride(0), logits.shape[1])
     _run(triton_programs.forward_backward_rows, logits, *rows, *sparse, *coefs, kl, ce)
     return kl, ce
+
+
+def loss_grad_(logits, *arguments):
+    return loss_grad_through(forward_backward_, logits, *arguments)
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
