@@ -1,5 +1,6 @@
 """Parametrisation over backends and instruction sets, and the fixtures the operator tests share."""
 
+import cuda_host
 import pytest
 import torch
 from helpers import variants
@@ -21,6 +22,9 @@ settings.load_profile("mdk")
 # The oracles are small; waking threads for them on a shared machine costs more than they compute.
 # Kernels that should run threaded do so inside `helpers.threads`.
 torch.set_num_threads(1)
+
+if cuda_host.PATH:
+    cuda_host.install()
 
 
 def pytest_generate_tests(metafunc):
