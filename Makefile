@@ -1,9 +1,10 @@
-# make demo | test | lint | sanitize | bench      (all of them create .venv if it is not there)
+# make demo | test | lint | sanitize | test-cuda-host | bench      (all create .venv if need be)
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*/*.* tests/cuda_shim/*.*)
 
-.PHONY: demo test lint format sanitize bench clean
+.PHONY: demo test lint format sanitize test-cuda-host bench clean
 
 # CPU torch where no GPU is visible, the newest torch where one is. torch goes in first, so that no
 # later resolver run replaces it. The stamp makes a second run free until the packaging changes.
@@ -29,16 +30,20 @@ test: $(VENV)/stamp-dev
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(VENV)/stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
+	$(BIN)/clang-format -i $(NATIVE)
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the op tests, in a build of their own.
 sanitize: $(VENV)/stamp-dev
 	bash tests/sanitize.sh $(BIN)/python
+
+# The CUDA kernels, compiled for the host: needs neither a GPU nor a CUDA toolkit.
+test-cuda-host: $(VENV)/stamp-dev
+	sh tests/cuda_lane.sh $(BIN)/python
 
 bench: $(VENV)/stamp-dev
 	$(BIN)/python bench/run.py --suite full

@@ -25,9 +25,10 @@ case $mode in
   thread) preload="$("$cxx" -print-file-name=libtsan.so) $("$cxx" -print-file-name=libstdc++.so)" ;;
   *) preload= ;;
 esac
+rm -f "$stage"/race.*
 cd "$root"
 MDK_CUDA_SHIM=$(ls "$stage"/lib/_cuda.*so)
 export MDK_CUDA_SHIM
 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  TSAN_OPTIONS=halt_on_error=1:exitcode=66 OMP_NUM_THREADS=1 \
-  "$python" -m pytest -p no:cacheprovider "$@"
+  TSAN_OPTIONS=halt_on_error=1:exitcode=66:log_path="$stage/race" OMP_NUM_THREADS=1 \
+  "$python" -m pytest -p no:cacheprovider "$@" || { status=$?; cat "$stage"/race.* 2>/dev/null; exit $status; }

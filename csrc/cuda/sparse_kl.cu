@@ -309,13 +309,9 @@ __device__ __forceinline__ RowSum exchange(const Row<T>& r, MaxSum acc, Found* f
     r.shared->bad_warps[warp_index()] = bad;
   }
   const RowSum row = block_combine(acc, r.shared->warps);
-  found->mass = 0.0;
-  unsigned any = 0u;
-  for (int w = 0; w < warp_count(); ++w) {
-    found->mass += r.shared->mass_warps[w];
-    any |= r.shared->bad_warps[w];
-  }
-  found->bad = any != 0u;
+  const bool mine = lane_index() < warp_count();
+  found->mass = warp_add(mine ? r.shared->mass_warps[lane_index()] : 0.0);
+  found->bad = ballot(mine && r.shared->bad_warps[lane_index()] != 0u) != 0u;
   return cluster_combine(row, r.shared->ranks);
 }
 
@@ -387,8 +383,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
     double kl = 0.0;
     for (int c = last; c >= 0; --c) {
       if (c != last) {
+        block_sync();  // the chunk before and its bitmaps are in use by everybody until here
         load_chunk(r, c);
-        block_sync();  // the bitmaps are in use until everybody has written the chunk before
         mark_targets(r, c);
         copy_async_wait<0>();
         block_sync();
