@@ -1,9 +1,11 @@
-# make demo | test | test-triton | lint | sanitize | bench      (all of them create .venv if it is not there)
+# make demo | test | test-triton | test-cuda-host | lint | sanitize | bench
+# All of them create .venv if it is not there.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+NATIVE := $(wildcard csrc/*/*.* tests/cuda_shim/*.*)
 
-.PHONY: demo test test-triton lint format sanitize bench clean
+.PHONY: demo test test-triton test-cuda-host lint format sanitize bench clean
 
 # CPU torch where no GPU is visible, the newest torch where one is. torch goes in first, so that no
 # later resolver run replaces it. The stamp makes a second run free until the packaging changes.
@@ -36,16 +38,20 @@ test-triton: $(VENV)/stamp-dev
 lint: $(VENV)/stamp-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
+	$(BIN)/clang-format --dry-run --Werror $(NATIVE)
 
 format: $(VENV)/stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*/*.cpp csrc/*/*.h csrc/*/*.inl
+	$(BIN)/clang-format -i $(NATIVE)
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the op tests, in a build of their own.
 sanitize: $(VENV)/stamp-dev
 	bash tests/sanitize.sh $(BIN)/python
+
+# The CUDA kernels, compiled for the host: needs neither a GPU nor a CUDA toolkit.
+test-cuda-host: $(VENV)/stamp-dev
+	sh tests/cuda_lane.sh $(BIN)/python
 
 bench: $(VENV)/stamp-dev
 	$(BIN)/python bench/run.py --suite full

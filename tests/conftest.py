@@ -2,6 +2,7 @@
 
 import os
 
+import cuda_host
 import pytest
 import torch
 from helpers import variants
@@ -27,6 +28,8 @@ torch.set_num_threads(1)
 # Triton's interpreter takes milliseconds for every iteration of a program: under it only the tests
 # marked `interpreted` run, on the triton backend alone.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+if cuda_host.PATH:
+    cuda_host.install()
 
 
 def pytest_generate_tests(metafunc):

@@ -45,9 +45,15 @@ def _cpu() -> list[str]:
 
 def _gpu() -> list[str]:
     extension = native.load("_cuda")
-    state = "loaded" if extension.module is not None else extension.reason
     build = torch.version.cuda or "none: a CPU build of torch"
-    lines = [f"_cuda         {state}", f"torch CUDA    {build}"]
+    lines = [f"_cuda         {extension.reason or 'loaded'}"]
+    if extension.module is not None:
+        try:
+            devices = f"{extension.module.device_count()} devices"
+        except RuntimeError as error:  # no driver, an old one, or no device: its own words
+            devices = str(error)
+        lines += [f"  compiled    {extension.module.architectures}", f"  runnable    {devices}"]
+    lines.append(f"torch CUDA    {build}")
     if torch.cuda.is_available():
         lines += [
             f"GPU {index}         {torch.cuda.get_device_name(index)}"

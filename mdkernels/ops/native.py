@@ -51,6 +51,13 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def stream(tensor: torch.Tensor) -> tuple[int, int]:
+    """The device of a CUDA tensor and its current stream: the first arguments of every operator of
+    the CUDA extension."""
+    index = tensor.device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
 def empty_huge(like: torch.Tensor, shape, dtype=None) -> torch.Tensor:
     """An uninitialised CPU tensor that asks for 2 MB pages when it is large.
 

@@ -1,0 +1,523 @@
+// sparse_kl: loss, gradient, or both in one visit of the logits. Derivation, shared memory layout
+// and bytes moved: "CUDA" in mdkernels/ops/sparse_kl/README.md, whose names are used here.
+#include "launch.h"
+#include "online_softmax.cuh"
+
+namespace mdk {
+namespace {
+
+constexpr int kMostThreads = 512;
+constexpr int kGroups = 4;  // a chunk arrives in this many parts, worked on as they come
+
+struct SparseKL {
+  const void* logits;  // (rows, vocab), unit stride within a row
+  int64_t row_stride;  // elements
+  int64_t rows, vocab;
+  const int64_t* row_offsets;  // (rows + 1), or null: no targets
+  const int32_t* token_ids;
+  const void* probs;
+  int probs_dtype;
+  int64_t nnz;
+  const int64_t* labels;  // (rows), or null
+  int64_t ignore_index;
+  float* kl;    // (rows) nats, or null
+  float* ce;    // (rows) nats, or null
+  double* lse;  // (rows) nats: written unless lse_known (may be null then), else read
+  bool lse_known;
+  void* grad;  // null: losses only. May be the logits themselves.
+  int64_t grad_stride;
+  const float* kl_coef;  // (rows) d(total)/d(kl_row)
+  const float* ce_coef;
+  int chunk;  // 16-byte blocks of a row in shared memory at a time
+};
+
+struct Shared {
+  RowSum ranks[kMostBlocks];
+  double kl_ranks[kMostBlocks];
+  double kl_warps[kMostThreads / kWarp];
+  double mass_warps[kMostThreads / kWarp];
+  MaxSum warps[kMostThreads / kWarp];
+  unsigned bad_warps[kMostThreads / kWarp];
+};
+
+// 32-bit words of a bit per element of a chunk.
+template <class T>
+__host__ __device__ __forceinline__ int bitmap_words(int chunk) {
+  return (chunk * kPerVec<T> + 31) / 32;
+}
+
+// One row as a block sees it. The row is numbered in 16-byte blocks of memory, see misalignment();
+// this block of threads owns [begin, end) of them, in chunks.
+template <class T>
+struct Row {
+  const T* x;
+  T* grad;
+  int64_t vocab;
+  int shift;
+  int64_t vectors, begin, end;  // 16-byte blocks
+
+  const SparseKL* a;
+  int64_t first_entry, last_entry;  // of the targets
+  int64_t label;                    // -1: none
+
+  Shared* shared;
+  T* values;  // the chunk
+  unsigned *seen, *repeated;
+
+  __device__ bool edge(int64_t v) const { return v == 0 || v == vectors - 1; }
+  __device__ int64_t column(int64_t v) const { return v * kPerVec<T> - shift; }
+  __device__ int64_t chunk_start(int c) const { return begin + static_cast<int64_t>(c) * a->chunk; }
+  __device__ int chunk_size(int c) const {
+    const int64_t left = end - chunk_start(c);
+    return left <= 0 ? 0 : left < a->chunk ? static_cast<int>(left) : a->chunk;
+  }
+  // Index of a column within chunk c, or -1.
+  __device__ int slot(int64_t id, int c) const {
+    const int64_t at = id + shift - chunk_start(c) * kPerVec<T>;
+    return at >= 0 && at < static_cast<int64_t>(chunk_size(c)) * kPerVec<T> ? static_cast<int>(at)
+                                                                            : -1;
+  }
+};
+
+__device__ __forceinline__ bool bit(const unsigned* bitmap, int at) {
+  return (bitmap[at >> 5] >> (at & 31)) & 1u;
+}
+
+// Starts loading chunk c. A thread loads what it will sum up and later replace, so no barrier is
+// needed in between. Elements outside the row become -inf.
+template <class T>
+__device__ __forceinline__ void load_chunk(const Row<T>& r, int c) {
+  constexpr int kPer = kPerVec<T>;
+  const int64_t start = r.chunk_start(c);
+  const int size = r.chunk_size(c);
+  const int rounds = (size + thread_count() - 1) / thread_count();
+  const int per_group = (rounds + kGroups - 1) / kGroups;
+  const T* aligned = r.x - r.shift;
+  for (int g = 0; g < kGroups; ++g) {
+    for (int i = g * per_group; i < (g + 1) * per_group; ++i) {
+      const int v = i * thread_count() + thread_index();
+      if (v >= size) break;
+      const int64_t whole = start + v;
+      if (!r.edge(whole)) {
+        copy_async16(r.values + v * kPer, aligned + whole * kPer);
+        continue;
+      }
+      for (int e = 0; e < kPer; ++e) {
+        const int64_t column = r.column(whole) + e;
+        const bool inside = column >= 0 && column < r.vocab;
+        r.values[v * kPer + e] = inside ? r.x[column] : from_float<T>(-INFINITY);
+      }
+    }
+    copy_async_commit();
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void sum_group(const Row<T>& r, int size, int begin, int end,
+                                          MaxSum& acc) {
+  constexpr int kPer = kPerVec<T>, kTogether = 16 / kPer;
+  float z[kTogether * kPer];
+  int i = begin;
+  for (; i + kTogether <= end; i += kTogether) {
+    if ((i + kTogether - 1) * thread_count() + thread_index() >= size) break;
+#pragma unroll
+    for (int k = 0; k < kTogether; ++k)
+      unpack<T>(load16(r.values + ((i + k) * thread_count() + thread_index()) * kPer),
+                z + k * kPer);
+    accumulate<kTogether * kPer>(acc, z);
+  }
+  for (; i < end; ++i) {
+    const int v = i * thread_count() + thread_index();
+    if (v >= size) break;
+    unpack<T>(load16(r.values + v * kPer), z);
+    accumulate<kPer>(acc, z);
+  }
+}
+
+// This thread's part of the chunk, as it arrives.
+template <class T>
+__device__ __forceinline__ void sum_chunk(const Row<T>& r, int c, MaxSum& acc) {
+  const int size = r.chunk_size(c);
+  const int rounds = (size + thread_count() - 1) / thread_count();
+  const int per_group = (rounds + kGroups - 1) / kGroups;
+  static_assert(kGroups == 4);
+  copy_async_wait<3>();
+  sum_group(r, size, 0, per_group, acc);
+  copy_async_wait<2>();
+  sum_group(r, size, per_group, 2 * per_group, acc);
+  copy_async_wait<1>();
+  sum_group(r, size, 2 * per_group, 3 * per_group, acc);
+  copy_async_wait<0>();
+  sum_group(r, size, 3 * per_group, 4 * per_group, acc);
+}
+
+struct Found {
+  double mass = 0.0;
+  bool bad = false;
+};
+
+// Marks the target ids that lie in chunk c, and those that occur again. Sums this thread's part of
+// the mass of the whole row. Barriers are due before (the bitmaps are in use) and after.
+template <class T>
+__device__ __forceinline__ Found mark_targets(const Row<T>& r, int c) {
+  const int words = bitmap_words<T>(r.chunk_size(c));
+  for (int i = thread_index(); i < words; i += thread_count()) r.seen[i] = r.repeated[i] = 0u;
+  block_sync();
+  Found found;
+  for (int64_t i = r.first_entry + thread_index(); i < r.last_entry; i += thread_count()) {
+    const int32_t id = r.a->token_ids[i];
+    found.mass += load_as_float(r.a->probs, r.a->probs_dtype, i);
+    found.bad |= id < 0 || id >= r.vocab;
+    const int at = r.slot(id, c);
+    if (at < 0) continue;
+    const unsigned mine = 1u << (at & 31);
+    if (atomic_or(r.seen + (at >> 5), mine) & mine) atomic_or(r.repeated + (at >> 5), mine);
+  }
+  return found;
+}
+
+struct Terms {
+  float max;
+  double log_normalizer;  // lse - max
+  float scale;            // dz = scale * exp(z - max) - corrections
+  float kl_coef, ce_coef;
+  bool bad;
+};
+
+// The total probability of the id of entry i, or -1 if an earlier entry has the same id and
+// computes it. In the order of the entries.
+template <class T>
+__device__ bool total_probability(const Row<T>& r, int64_t i, int32_t id, float* total) {
+  float p = 0.0f;
+  for (int64_t j = r.first_entry; j < r.last_entry; ++j) {
+    if (r.a->token_ids[j] != id) continue;
+    if (j < i) return false;
+    p += load_as_float(r.a->probs, r.a->probs_dtype, j);
+  }
+  *total = p;
+  return true;
+}
+
+__device__ __forceinline__ double minus_logprob(const Terms& t, float z) {
+  return t.log_normalizer - (static_cast<double>(z) - static_cast<double>(t.max));
+}
+
+template <class T>
+__device__ __forceinline__ void write_ce(const Row<T>& r, const Terms& t, int64_t row, float gold) {
+  if (r.a->ce != nullptr && !t.bad) r.a->ce[row] = static_cast<float>(minus_logprob(t, gold));
+}
+
+// The loss terms of the targets in chunk c. With a gradient, their logits in
+// shared memory are replaced by the finished entries of dz, in fp32 from the logit and rounded
+// once; `seen` has a bit for each. Returns this thread's part of kl.
+template <class T>
+__device__ __forceinline__ double correct_targets(const Row<T>& r, int c, const Terms& t,
+                                                  int64_t row) {
+  double kl = 0.0;
+  const auto dense = [&](float z) { return exp_from(z, t.max) * t.scale; };
+  for (int64_t i = r.first_entry + thread_index(); i < r.last_entry; i += thread_count()) {
+    const int32_t id = r.a->token_ids[i];
+    const int at = r.slot(id, c);
+    if (at < 0) continue;
+    float p;
+    if (!bit(r.repeated, at))
+      p = load_as_float(r.a->probs, r.a->probs_dtype, i);
+    else if (!total_probability(r, i, id, &p))
+      continue;
+    const float z = to_float(r.values[at]);
+    if (p > 0.0f)
+      kl += static_cast<double>(p) * (log(static_cast<double>(p)) + minus_logprob(t, z));
+    else if (!(p == 0.0f))
+      kl = NAN;  // a negative or NaN probability
+    if (id == r.label) write_ce(r, t, row, z);
+    if (r.grad == nullptr) continue;
+    const float target = t.kl_coef * p;
+    r.values[at] = from_float<T>(dense(z) - target - (id == r.label ? t.ce_coef : 0.0f));
+  }
+  return kl;
+}
+
+// The label, if it lies in chunk c and is nobody's target: a target of probability 0.
+template <class T>
+__device__ __forceinline__ void correct_label(const Row<T>& r, int c, const Terms& t, int64_t row) {
+  if (r.label < 0 || thread_index() != 0) return;
+  const int at = r.slot(r.label, c);
+  if (at < 0 || bit(r.seen, at)) return;
+  const float z = to_float(r.values[at]);
+  write_ce(r, t, row, z);
+  if (r.grad == nullptr) return;
+  atomic_or(r.seen + (at >> 5), 1u << (at & 31));
+  r.values[at] = from_float<T>(exp_from(z, t.max) * t.scale - t.ce_coef);
+}
+
+// Chunk c of dz from the logits in shared memory.
+template <class T>
+__device__ __forceinline__ void write_chunk(const Row<T>& r, int c, const Terms& t) {
+  constexpr int kPer = kPerVec<T>;
+  const int64_t start = r.chunk_start(c);
+  const int size = r.chunk_size(c);
+  const bool aligned = misalignment(r.grad) == r.shift;
+  // NaN or infinite logits, all of them -inf, or a target that names no token
+  const bool poisoned = t.bad || !(fabsf(t.scale) < INFINITY);
+  for (int v = thread_index(); v < size; v += thread_count()) {
+    float z[kPer];
+    unpack<T>(load16(r.values + v * kPer), z);
+    const unsigned finished = (r.seen[(v * kPer) >> 5] >> ((v * kPer) & 31)) & ((1u << kPer) - 1u);
+#pragma unroll
+    for (int e = 0; e < kPer; ++e) {
+      const float dense = exp_from(z[e], t.max) * t.scale;
+      z[e] = poisoned ? NAN : (finished >> e) & 1u ? z[e] : dense;
+    }
+    const int64_t whole = start + v, column = r.column(whole);
+    const Vec16 out = pack<T>(z);
+    if (aligned && !r.edge(whole)) {
+      store16_once(r.grad + column, out);
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kPer; ++e)
+      if (column + e >= 0 && column + e < r.vocab) r.grad[column + e] = from_float<T>(z[e]);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void write_zeros(T* out, int64_t vocab) {
+  constexpr int kPer = kPerVec<T>;
+  const int shift = misalignment(out);
+  const int64_t vectors = (vocab + shift + kPer - 1) / kPer;
+  const int64_t step = static_cast<int64_t>(thread_count()) * cluster_size();
+  for (int64_t v = static_cast<int64_t>(cluster_rank()) * thread_count() + thread_index();
+       v < vectors; v += step) {
+    const int64_t column = v * kPer - shift;
+    if (v != 0 && v != vectors - 1) {
+      store16_once(out + column, Vec16{{0u, 0u, 0u, 0u}});
+      continue;
+    }
+    for (int e = 0; e < kPer; ++e)
+      if (column + e >= 0 && column + e < vocab) out[column + e] = from_float<T>(0.0f);
+  }
+}
+
+// What all threads learn from each other about the row: maximum and sum, mass, bad ids. Also orders
+// the logits and bitmaps in shared memory among them.
+template <class T>
+__device__ __forceinline__ RowSum exchange(const Row<T>& r, MaxSum acc, Found* found) {
+  found->mass = warp_add(found->mass);
+  const unsigned bad = ballot(found->bad);
+  if (lane_index() == 0) {
+    r.shared->mass_warps[warp_index()] = found->mass;
+    r.shared->bad_warps[warp_index()] = bad;
+  }
+  const RowSum row = block_combine(acc, r.shared->warps);
+  const bool mine = lane_index() < warp_count();
+  found->mass = warp_add(mine ? r.shared->mass_warps[lane_index()] : 0.0);
+  found->bad = ballot(mine && r.shared->bad_warps[lane_index()] != 0u) != 0u;
+  return cluster_combine(row, r.shared->ranks);
+}
+
+template <class T>
+__global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const SparseKL a) {
+  constexpr int kPer = kPerVec<T>;
+  Row<T> r;
+  r.a = &a;
+  r.vocab = a.vocab;
+  r.shared = reinterpret_cast<Shared*>(shared_memory());
+  r.values = reinterpret_cast<T*>(shared_memory() + (sizeof(Shared) + 15) / 16 * 16);
+  r.seen = reinterpret_cast<unsigned*>(r.values + static_cast<int64_t>(a.chunk) * kPer);
+  r.repeated = r.seen + bitmap_words<T>(a.chunk);
+  const int64_t step = block_count() / cluster_size();
+  if (cluster_size() > 1) cluster_sync();  // the others have started
+  for (int64_t row = block_index() / cluster_size(); row < a.rows; row += step) {
+    const bool leader = cluster_rank() == 0 && thread_index() == 0;
+    r.x = static_cast<const T*>(a.logits) + row * a.row_stride;
+    r.grad = a.grad == nullptr ? nullptr : static_cast<T*>(a.grad) + row * a.grad_stride;
+    r.label = a.labels == nullptr ? -1 : a.labels[row];
+    if (a.labels != nullptr && r.label == a.ignore_index) {
+      if (r.grad != nullptr) write_zeros(r.grad, a.vocab);
+      if (leader && a.kl != nullptr) a.kl[row] = 0.0f;
+      if (leader && a.ce != nullptr) a.ce[row] = 0.0f;
+      if (leader && a.lse != nullptr && !a.lse_known) a.lse[row] = 0.0;
+      continue;
+    }
+    bool bad = a.labels != nullptr && (r.label < 0 || r.label >= a.vocab);
+    if (bad) r.label = -1;
+    r.first_entry = a.row_offsets == nullptr ? 0 : a.row_offsets[row];
+    r.last_entry = a.row_offsets == nullptr ? 0 : a.row_offsets[row + 1];
+    if (r.first_entry < 0 || r.last_entry < r.first_entry || r.last_entry > a.nnz) {
+      bad = true;
+      r.first_entry = r.last_entry = 0;
+    }
+    r.shift = misalignment(r.x);
+    r.vectors = (a.vocab + r.shift + kPer - 1) / kPer;
+    const int64_t per_block = (r.vectors + cluster_size() - 1) / cluster_size();
+    r.begin = cluster_rank() * per_block;
+    r.end = r.begin + per_block < r.vectors ? r.begin + per_block : r.vectors;
+    const int last = static_cast<int>((per_block - 1) / a.chunk);
+
+    // Beyond 1e8 (a row of the lowest finite logits) lse = max + log(sum) has lost the second term.
+    const bool known = a.lse_known && fabs(a.lse[row]) < 1e8;
+    MaxSum acc;
+    for (int c = 0; c < last && !known; ++c) {
+      load_chunk(r, c);
+      sum_chunk(r, c, acc);
+    }
+    load_chunk(r, last);
+    Found found = mark_targets(r, last);
+    if (known)
+      copy_async_wait<0>();
+    else
+      sum_chunk(r, last, acc);
+    found.bad |= bad;
+    const RowSum sum = exchange(r, acc, &found);
+
+    Terms t;
+    t.bad = found.bad;
+    t.max = known ? static_cast<float>(a.lse[row]) : sum.max;
+    t.log_normalizer = known ? a.lse[row] - static_cast<double>(t.max) : log(sum.sum);
+    t.kl_coef = r.grad == nullptr ? 0.0f : a.kl_coef[row];
+    t.ce_coef = r.grad == nullptr || r.label < 0 ? 0.0f : a.ce_coef[row];
+    const double weight = static_cast<double>(t.kl_coef) * static_cast<float>(found.mass) +
+                          static_cast<double>(t.ce_coef);
+    t.scale = static_cast<float>(known ? weight * exp(-t.log_normalizer) : weight / sum.sum);
+
+    double kl = 0.0;
+    for (int c = last; c >= 0; --c) {
+      if (c != last) {
+        block_sync();  // the chunk before and its bitmaps are in use by everybody until here
+        load_chunk(r, c);
+        mark_targets(r, c);
+        copy_async_wait<0>();
+        block_sync();
+      }
+      correct_label(r, c, t, row);
+      kl += correct_targets(r, c, t, row);
+      if (r.grad == nullptr) continue;
+      block_sync();
+      write_chunk(r, c, t);
+    }
+
+    if (a.kl != nullptr) {
+      kl = warp_add(kl);
+      if (lane_index() == 0) r.shared->kl_warps[warp_index()] = kl;
+      block_sync();
+      if (thread_index() == 0) {
+        kl = 0.0;
+        for (int w = 0; w < warp_count(); ++w) kl += r.shared->kl_warps[w];
+        *cluster_shared(r.shared->kl_ranks + cluster_rank(), 0) = kl;
+      }
+    }
+    if (cluster_size() > 1)
+      cluster_sync();
+    else
+      block_sync();
+    if (!leader) continue;
+    if (a.kl != nullptr) {
+      kl = 0.0;
+      for (int k = 0; k < cluster_size(); ++k) kl += r.shared->kl_ranks[k];
+      a.kl[row] = t.bad ? NAN : static_cast<float>(kl);
+    }
+    if (a.ce != nullptr && (t.bad || r.label < 0)) a.ce[row] = t.bad ? NAN : 0.0f;
+    if (a.lse != nullptr && !a.lse_known)
+      a.lse[row] = t.bad ? NAN : static_cast<double>(t.max) + t.log_normalizer;
+  }
+}
+
+// Bytes of shared memory for chunks of that many 16-byte blocks.
+template <class T>
+int64_t shared_bytes(int64_t chunk) {
+  const int64_t words = (chunk * kPerVec<T> + 31) / 32;
+  return static_cast<int64_t>((sizeof(Shared) + 15) / 16 * 16) + chunk * 16 + 2 * 4 * words;
+}
+
+// The longest chunk that fits.
+template <class T>
+int64_t chunk_within(int64_t bytes) {
+  int64_t chunk = bytes / 16;
+  while (shared_bytes<T>(chunk) > bytes) chunk -= 1 + (shared_bytes<T>(chunk) - bytes) / 32;
+  return chunk;
+}
+
+// A row should stay in shared memory between its two visits, in a block or in those of a cluster,
+// best so that two blocks share a multiprocessor: one loads while the other computes. Where it
+// does not fit, it is read again chunk by chunk.
+template <class T>
+void plan(SparseKL* a, Grid* grid) {
+  const Device& device = current_device();
+  const int64_t half = device.shared_per_multiprocessor / 2 - kSharedReserved;
+  const int64_t vectors = (a->vocab + kPerVec<T> - 1) / kPerVec<T> + 1;
+  const auto share = [vectors](int cluster) { return (vectors + cluster - 1) / cluster; };
+  const int most = device.capability >= 90 ? kMostBlocks : 1;
+  int cluster = grid->cluster;
+  // A backward pass that knows the log-sum-exp visits once.
+  if (a->lse_known && cluster == 0) cluster = 1;
+  for (int size = 1; cluster == 0 && size <= most; size *= 2)
+    if (shared_bytes<T>(share(size)) <= half) cluster = size;
+  for (int size = 1; cluster == 0 && size <= most; size *= 2)
+    if (shared_bytes<T>(share(size)) <= device.shared_per_block) cluster = size;
+  if (cluster == 0) cluster = most;
+  int64_t chunk = a->chunk > 0 ? a->chunk : share(cluster);
+  const int64_t room = !a->lse_known && shared_bytes<T>(chunk) <= device.shared_per_block
+                           ? device.shared_per_block
+                           : half;
+  const int64_t fits = chunk_within<T>(room);
+  if (chunk > share(cluster)) chunk = share(cluster);
+  if (chunk > fits) chunk = fits;
+  a->chunk = static_cast<int>(chunk);
+  grid->cluster = cluster;
+  if (grid->threads == 0) {
+    const int64_t wanted = (chunk / 4 + kWarp - 1) / kWarp * kWarp;
+    grid->threads = static_cast<int>(wanted < 64             ? 64
+                                     : wanted > kMostThreads ? kMostThreads
+                                                             : wanted);
+  }
+  const int64_t rows = kMostGridBlocks / cluster;
+  grid->blocks = (a->rows < rows ? a->rows : rows) * cluster;
+  grid->shared_bytes = static_cast<size_t>(shared_bytes<T>(chunk));
+}
+
+template <class T>
+void run(SparseKL a, Grid grid) {
+  plan<T>(&a, &grid);
+  launch<sparse_kl_kernel<T>>(grid, a);
+}
+
+}  // namespace
+
+void sparse_kl(Arguments& in) {
+  SparseKL a;
+  a.logits = in.pointer<void>();
+  a.row_stride = in.integer();
+  a.rows = in.integer();
+  a.vocab = in.integer();
+  const int64_t dtype = in.integer();
+  a.row_offsets = in.pointer<int64_t>();
+  a.token_ids = in.pointer<int32_t>();
+  a.probs = in.pointer<void>();
+  a.probs_dtype = static_cast<int>(in.integer());
+  a.nnz = in.integer();
+  a.labels = in.pointer<int64_t>();
+  a.ignore_index = in.integer();
+  a.kl = in.pointer<float>();
+  a.ce = in.pointer<float>();
+  a.lse = in.pointer<double>();
+  a.lse_known = in.integer() != 0;
+  a.grad = in.pointer<void>();
+  a.grad_stride = in.integer();
+  a.kl_coef = in.pointer<float>();
+  a.ce_coef = in.pointer<float>();
+  Grid grid;
+  grid.threads = static_cast<int>(in.integer());
+  grid.cluster = static_cast<int>(in.integer());
+  a.chunk = static_cast<int>(in.integer());
+  in.done();
+  grid.stream = in.stream;
+  if (a.rows == 0) return;
+  if (dtype == kF32)
+    run<float>(a, grid);
+  else if (dtype == kBF16)
+    run<bf16>(a, grid);
+  else
+    run<f16>(a, grid);
+}
+
+}  // namespace mdk

@@ -1,0 +1,127 @@
+"""The CUDA kernels on the host: every shape of launch a device can get, which the operator tests,
+running the kernels' own tables, meet only in part. See cuda_host.sh."""
+
+import itertools
+
+import cuda_host
+import pytest
+import torch
+from buffers import Frame
+from helpers import csr, problem
+from test_sparse_kl import check, solved
+from test_token_logprobs import check as check_logprobs
+from test_token_logprobs import solved as solved_logprobs
+from tolerances import Expected
+
+from mdkernels import SparseTargets, sparse_kl, token_logprobs
+from mdkernels.ops import native
+from mdkernels.ops.sparse_kl import cuda_kernels as loss_kernels
+from mdkernels.ops.token_logprobs import cuda_kernels as logprob_kernels
+
+OP = "sparse_kl"
+pytestmark = pytest.mark.skipif(
+    not cuda_host.PATH, reason="needs the kernels compiled for the host: make test-cuda-host"
+)
+
+# (threads, blocks of a cluster, 16-byte blocks of a chunk): whole rows, shares of a cluster, more
+# blocks than the row has work for, chunks that are read twice, and both.
+LAUNCHES = [(64, 1, 0), (128, 1, 33), (64, 2, 0), (96, 3, 0), (64, 8, 0), (64, 4, 9), (512, 1, 0)]
+A100 = "80,4,166912"
+
+
+@pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
+@pytest.mark.parametrize("vocab", [5, 301, 4097])
+@pytest.mark.parametrize("launch", LAUNCHES, ids=str)
+def test_loss(variant, dtype, launch, vocab, inplace, monkeypatch, poisoned_memory):
+    monkeypatch.setattr(loss_kernels, "LAUNCH", launch)
+    check(*solved("peaked", 8, vocab, dtype), variant, inplace)
+
+
+@pytest.mark.parametrize("kind", ["one_80_above", "shifted_1e4", "masked", "all_lowest"])
+def test_loss_in_clusters_and_chunks(variant, dtype, kind, monkeypatch, poisoned_memory):
+    monkeypatch.setattr(loss_kernels, "LAUNCH", (64, 2, 31))
+    for inplace in (False, True):
+        check(*solved(kind, 8, 1001, dtype), variant, inplace)
+
+
+@pytest.mark.parametrize("order", ["forwards", "backwards"])
+@pytest.mark.parametrize("launch", [(64, 1), (64, 2), (96, 3), (64, 8), (512, 1)], ids=str)
+def test_logprobs(variant, dtype, launch, order, monkeypatch, poisoned_memory):
+    monkeypatch.setattr(logprob_kernels, "LAUNCH", launch)
+    monkeypatch.setenv("MDK_SHIM_ORDER", order)
+    for vocab in (1, 301, 4097):
+        check_logprobs(*solved_logprobs("peaked", 8, vocab, dtype), variant)
+
+
+@pytest.mark.parametrize("device", ["", A100], ids=["hopper", "a100"])
+def test_large_vocabulary(variant, dtype, device, monkeypatch):
+    """fp32: two blocks share a row on Hopper; an A100 reads it twice."""
+    monkeypatch.setenv("MDK_SHIM_DEVICE", device)
+    p = problem("peaked", 2, 50257, dtype)
+    expected = Expected(p, 0.3, 0.7)
+    for inplace in (False, True):
+        check(p, expected, variant, inplace)
+
+
+def test_the_last_threads_may_run_first(variant, dtype, monkeypatch):
+    monkeypatch.setenv("MDK_SHIM_ORDER", "backwards")
+    monkeypatch.setattr(loss_kernels, "LAUNCH", (64, 2, 17))
+    for inplace in (False, True):
+        check(*solved("peaked", 8, 301, dtype), variant, inplace)
+
+
+@pytest.mark.parametrize("offsets", [[0, 9, 2], [0, -5, 2], [2, 1, 2], [0, 1, 2**62]])
+def test_offsets_that_are_none_poison_their_rows(variant, offsets):
+    p = problem("normal", 2, 33, torch.float32)
+    targets = SparseTargets(
+        torch.tensor(offsets), torch.arange(2, dtype=torch.int32), torch.full((2,), 0.5)
+    )
+    good = [0 <= a <= b <= 2 for a, b in itertools.pairwise(offsets)]
+    z = p.logits.clone().requires_grad_()
+    out = sparse_kl(z, targets, torch.tensor([3, 4]), reduction="none", backend="cuda")
+    out.loss.sum().backward()
+    assert out.kl.isfinite().tolist() == good
+    assert out.ce.isfinite().tolist() == good
+    assert z.grad.isfinite().all(1).tolist() == good
+    assert (z.grad.isnan().all(1) | z.grad.isfinite().all(1)).all()
+
+
+def test_rows_beyond_32_bits(variant, monkeypatch):
+    """The second row starts 2^31 + 7 elements after the first; untouched memory costs nothing."""
+    p = problem("peaked", 2, 301, torch.bfloat16)
+    p.targets = csr([([3, 5], [0.5, 0.5]), ([300], [1.0])])
+    p.labels = torch.tensor([7, 300])
+    far = torch.empty(2**31 + 400, dtype=torch.bfloat16)
+    logits = far.as_strided((2, 301), (2**31 + 7, 1))
+    logits.copy_(p.logits)
+    expected = Expected(p, 0.5, 0.5)
+    found = token_logprobs(logits, p.labels, backend="cuda")
+    torch.testing.assert_close(-found.double(), expected.exact.ce, rtol=1e-5, atol=1e-6)
+    kl_coef = torch.full((2,), 0.5)
+    arguments = (p.targets.row_offsets, p.targets.token_ids, p.targets.probs, p.labels, -100)
+    loss_kernels.forward_backward_(logits, *arguments, kl_coef, kl_coef)
+    expected.check_grad(logits, variant)
+    loss_kernels.scale_(logits, torch.tensor([1.0, -2.0]))
+    expected.check_grad(logits * torch.tensor([[1.0], [-0.5]]).bfloat16(), variant)
+
+
+@pytest.mark.parametrize("factor", [1.0, -0.75, float("nan")])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_scale(variant, dtype, factor, per_row):
+    for vocab in (1, 7, 33, 1001):
+        frame = Frame(torch.randn(5, vocab).to(dtype))
+        before = frame.view.clone()
+        scale = torch.tensor(factor)
+        loss_kernels.scale_(frame.view, scale.expand(5) if per_row else scale)
+        expected = (before.float() * scale).to(dtype)
+        assert torch.equal(frame.view.nan_to_num(9.0), expected.nan_to_num(9.0))
+        frame.check_guards()
+
+
+def test_a_launch_the_device_refuses_names_the_operator(variant, monkeypatch):
+    p = problem("normal", 2, 33, torch.float32)
+    monkeypatch.setattr(logprob_kernels, "LAUNCH", (1056, 1))
+    with pytest.raises(RuntimeError, match=r"token_logprobs: invalid launch: .* 1056 threads"):
+        token_logprobs(p.logits, p.labels, backend="cuda")
+    with pytest.raises(ValueError, match="too few arguments"):
+        native.load("_cuda").module.sparse_kl(0, 0, 1)
