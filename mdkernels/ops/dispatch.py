@@ -6,9 +6,10 @@ falls through the list. No other file decides between backends.
 
 A backend of an operator is a module ``mdkernels.ops.<op>.<backend>_kernels`` (``reference`` for the
 eager one) whose functions have the same signatures as the operator's torch.library schemas, without
-the trailing ``backend``. It may define ``DTYPES``, the logits dtypes it takes, and
+the trailing ``backend``. It may define ``DTYPES``, the logits dtypes it takes,
 ``DIFFERENTIABLE = True`` if autograd can record its functions (only asked of operators without an
-``autograd.Function``).
+``autograd.Function``), and ``LACKS``, what it cannot do of what an operator may be asked to, each
+with the reason.
 """
 
 import functools
@@ -77,7 +78,9 @@ def _unavailable(op: str, backend: str, device_type: str) -> str | None:
     return _device_reason(backend, device_type)
 
 
-def _module_reason(module: ModuleType, dtype: torch.dtype, differentiable: bool) -> str | None:
+def _module_reason(
+    module: ModuleType, dtype: torch.dtype, differentiable: bool, need: str | None
+) -> str | None:
     dtypes = getattr(module, "DTYPES", None)
     if dtypes is not None and dtype not in dtypes:
         names = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
@@ -87,12 +90,17 @@ def _module_reason(module: ModuleType, dtype: torch.dtype, differentiable: bool)
             "an input requires grad and it computes no gradient; detach the inputs, use "
             "torch.no_grad(), or another backend"
         )
-    return None
+    return getattr(module, "LACKS", {}).get(need)
 
 
 @functools.cache
 def _resolve(
-    op: str, requested: str, device_type: str, dtype: torch.dtype, differentiable: bool
+    op: str,
+    requested: str,
+    device_type: str,
+    dtype: torch.dtype,
+    differentiable: bool,
+    need: str | None,
 ) -> ModuleType:
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(
@@ -106,7 +114,7 @@ def _resolve(
         reason = _unavailable(op, backend, device_type)
         if reason is None:
             module = importlib.import_module(_module_name(op, backend))
-            reason = _module_reason(module, dtype, differentiable)
+            reason = _module_reason(module, dtype, differentiable, need)
             if reason is None:
                 return module
         reasons.append(f"backend {backend!r} cannot run {op} here: {reason}")
@@ -120,14 +128,16 @@ def resolve(
     dtype: torch.dtype,
     *,
     differentiable: bool = False,
+    need: str | None = None,
 ) -> ModuleType:
     """The module that runs `op` on such tensors. Pure apart from reading MDK_BACKEND.
 
-    `differentiable` asks for one whose functions autograd can record.
+    `differentiable` asks for one whose functions autograd can record, `need` for one that does not
+    have it among its ``LACKS``.
     """
     if requested == "auto":
         requested = os.environ.get("MDK_BACKEND") or "auto"
-    return _resolve(op, requested, device_type, dtype, differentiable)
+    return _resolve(op, requested, device_type, dtype, differentiable, need)
 
 
 _library = torch.library.Library("mdk", "DEF")
@@ -147,11 +157,12 @@ def _needs_dispatcher(tensor) -> bool:
     )
 
 
-def define(op: str, function: str, schema: str, fake, mutates: bool = False):
+def define(op: str, function: str, schema: str, fake, mutates: bool = False, need=None):
     """Register ``mdk::<op>_<function>`` and return what calls it, the only way to a backend.
 
     `schema` is the signature after the name; its last argument must be ``str backend``, and its
     first tensor decides device and dtype. With `mutates`, that first tensor is written in place.
+    `need` maps the arguments to what the backend must be able to do (see `resolve`), or None.
 
     An eager call goes to the backend directly: the dispatcher's boxing of the arguments costs more
     than a decode-sized kernel (25 of 60 us on one Zen 3 core). Whatever has to see the operator
@@ -162,7 +173,8 @@ def define(op: str, function: str, schema: str, fake, mutates: bool = False):
 
     def run(*args):
         first, backend = args[0], args[-1]
-        module = resolve(op, backend, first.device.type, first.dtype)
+        what = None if need is None else need(*args)
+        module = resolve(op, backend, first.device.type, first.dtype, need=what)
         result = getattr(module, function)(*args[:-1])
         if mutates and not first.is_inference():
             # Writing through a raw pointer is invisible to autograd; this makes a stale saved

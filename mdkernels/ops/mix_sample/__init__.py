@@ -27,12 +27,18 @@ def _fake_logprobs(base_logits, memory_logits, *args):
     return base_logits.new_empty((base_logits.shape[0], 2 + len(memory_logits)), dtype=wide)
 
 
+def _needs_filters(*args):
+    top_k, top_p, min_p = args[6:9]
+    return "filters" if top_k > 0 or top_p < 1.0 or min_p > 0.0 else None
+
+
 _forward = dispatch.define(
     "mix_sample",
     "forward",
     f"({SCHEMA}, float temperature, int top_k, float top_p, float min_p, Tensor seeds, "
     "Tensor offsets, str backend) -> Tensor",
     lambda base_logits, *args: base_logits.new_empty(base_logits.shape[0], dtype=torch.int64),
+    need=_needs_filters,
 )
 _logprobs = dispatch.define(
     "mix_sample", "logprobs", f"({SCHEMA}, Tensor tokens, str backend) -> Tensor", _fake_logprobs

@@ -1,0 +1,265 @@
+"""Triton kernels of mix_sample, and their launchers. Derivation: README.md."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..logit_mix.triton_common import (
+    DTYPES,
+    LAUNCH,
+    LOG2E,
+    LOWEST,
+    last_of_row,
+    log_near_one,
+    mix_logprobs,
+    offsets_of,
+    plan,
+    row_terms,
+    split,
+)
+
+__all__ = ["DTYPES", "LACKS", "forward", "logprobs"]
+LACKS = {"filters": "it has no top_k, top_p or min_p"}
+
+
+def forward(
+    base_logits,
+    memory_logits,
+    row_weights,
+    weights,
+    memory_temperature,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seeds,
+    offsets,
+) -> Tensor:
+    seeds, offsets = seeds.contiguous(), offsets.contiguous()
+    tokens = torch.empty_like(seeds)
+    with torch.cuda.device_of(base_logits):
+        made = plan(
+            base_logits,
+            memory_logits,
+            row_weights,
+            weights,
+            memory_temperature,
+            all_models=False,
+            base_needed=False,
+        )
+        if made.rows:
+            shape = (2, made.rows, made.parts)
+            keys, tops = base_logits.new_empty(shape, dtype=torch.float32)
+            winners = base_logits.new_empty(shape[1:], dtype=torch.int32)
+            draw_kernel[made.grid](
+                *made.models,
+                made.maxima,
+                made.sums,
+                made.tickets,
+                keys,
+                tops,
+                winners,
+                tokens,
+                seeds,
+                offsets,
+                min(1.0 / temperature, 1e30),
+                **made.combined,
+            )
+    return tokens
+
+
+def logprobs(
+    base_logits, memory_logits, row_weights, weights, memory_temperature, tokens
+) -> Tensor:
+    tokens = tokens.contiguous()
+    with torch.cuda.device_of(base_logits):
+        made = plan(
+            base_logits,
+            memory_logits,
+            row_weights,
+            weights,
+            memory_temperature,
+            all_models=True,
+            base_needed=True,
+        )
+        shape = (made.rows, 2 + len(memory_logits))
+        out = base_logits.new_empty(shape, dtype=torch.float32)
+        if made.rows:
+            logprobs_kernel[(made.rows,)](
+                *made.models,
+                made.maxima,
+                made.sums,
+                tokens,
+                out,
+                made.width,
+                made.parts,
+                PARTS=triton.next_power_of_2(made.parts),
+                **LAUNCH,
+            )
+    return out
+
+
+@triton.jit
+def philox(seed, offset, block, STREAM: tl.constexpr):
+    """The four words of Philox4x32-10 at counter (block, STREAM, offset), key seed."""
+    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
+    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    c0 = block.to(tl.uint32)
+    c1 = tl.full(block.shape, STREAM, tl.uint32)
+    c2 = tl.zeros(block.shape, tl.uint32) + (offset & 0xFFFFFFFF).to(tl.uint32)
+    c3 = tl.zeros(block.shape, tl.uint32) + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    for _ in tl.static_range(10):
+        h0 = tl.umulhi(c0, 0xD2511F53)
+        h2 = tl.umulhi(c2, 0xCD9E8D57)
+        low0 = c0 * 0xD2511F53
+        low2 = c2 * 0xCD9E8D57
+        c0 = h2 ^ c1 ^ k0
+        c1 = low2
+        c2 = h0 ^ c3 ^ k1
+        c3 = low0
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def words(seed, offset, first, BLOCK: tl.constexpr, STREAM: tl.constexpr):
+    """The word of each of the tokens [first, first + BLOCK), `first` a multiple of 4."""
+    block = first // 4 + tl.arange(0, BLOCK // 4)
+    c0, c1, c2, c3 = philox(seed, offset, block, STREAM)
+    return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (BLOCK,))
+
+
+@triton.jit
+def exponentials(seed, offset, first, BLOCK: tl.constexpr):
+    """E = -log(1 - v) of each token, v = (high + (low + 1/2) / 2^32) / 2^32, to fp32 precision."""
+    high = words(seed, offset, first, BLOCK, 0)
+    low = tl.full((BLOCK,), 0x80000000, tl.uint32)
+    # 1/2 stands in for the low word where that changes v (or 1 - v near 1) by less than 1e-6.
+    short = (high < 0x100000) | (high >= 0xFFFF0000)
+    if tl.max(short.to(tl.int32), 0) > 0:
+        low = words(seed, offset, first, BLOCK, 1)
+    v = (high.to(tl.float32) + (low.to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
+    rest = ((~high).to(tl.float32) + ((~low).to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
+    r, e = split(tl.maximum(rest, 2.0**-53))
+    # Close to 1, `rest` has lost the digits that v has.
+    return -log_near_one(tl.where(e == 0, -v, r), e.to(tl.float32))
+
+
+@triton.jit
+def draw_kernel(
+    xs,
+    strides,
+    widths,
+    scales,
+    weights,
+    row_weights,
+    weight_stride,
+    weight_step,
+    maxima,
+    sums,
+    tickets,
+    keys,
+    tops,
+    winners,
+    tokens,
+    seeds,
+    positions,
+    inverse_temperature,
+    parts,
+    share,
+    splits,
+    BLOCK: tl.constexpr,
+    PARTS: tl.constexpr,
+):
+    pid = tl.program_id(0)
+    row = (pid // splits).to(tl.int64)
+    first = (pid % splits) * share
+    origins, log_sums, log_weights, valid = row_terms(
+        scales,
+        weights,
+        row_weights,
+        weight_stride,
+        weight_step,
+        maxima,
+        sums,
+        row,
+        parts,
+        False,
+        False,
+        PARTS,
+    )
+    offsets = offsets_of(log_sums, log_weights)
+    seed = tl.load(seeds + row)
+    position = tl.load(positions + row)
+    slope = inverse_temperature * LOG2E
+    for part in range(first, tl.minimum(first + share, parts)):
+        cols = part * BLOCK + tl.arange(0, BLOCK)
+        score = mix_logprobs(xs, strides, widths, scales, origins, offsets, row, cols)
+        # The row's maximum is not known yet, so each part races against its own.
+        top = tl.maximum(tl.max(score, 0), LOWEST)
+        q = tl.exp2((score - top) * slope)
+        key = exponentials(seed, position, part * BLOCK, BLOCK) / q
+        fastest, at = tl.min(key, 0, return_indices=True, return_indices_tie_break_left=True)
+        tl.store(keys + row * parts + part, fastest)
+        tl.store(tops + row * parts + part, top)
+        tl.store(winners + row * parts + part, part * BLOCK + at)
+    if last_of_row(tickets, row, splits):
+        every = tl.arange(0, PARTS)
+        here = row * parts + every
+        best = tl.load(tops + here, mask=every < parts, other=LOWEST, cache_modifier=".cg")
+        clocks = tl.load(keys + here, mask=every < parts, other=float("inf"), cache_modifier=".cg")
+        clocks = clocks * tl.exp2((tl.max(best, 0) - best) * slope)
+        _, winner = tl.min(clocks, 0, return_indices=True, return_indices_tie_break_left=True)
+        token = tl.load(winners + row * parts + winner, cache_modifier=".cg").to(tl.int64)
+        tl.store(tokens + row, tl.where(valid, token, -1))
+
+
+@triton.jit
+def logprobs_kernel(
+    xs,
+    strides,
+    widths,
+    scales,
+    weights,
+    row_weights,
+    weight_stride,
+    weight_step,
+    maxima,
+    sums,
+    tokens,
+    out,
+    width,
+    parts,
+    PARTS: tl.constexpr,
+):
+    """Per row: the log-probability of its token under the mixture and under each model."""
+    row = tl.program_id(0).to(tl.int64)
+    MODELS: tl.constexpr = len(xs)
+    origins, log_sums, log_weights, valid = row_terms(
+        scales,
+        weights,
+        row_weights,
+        weight_stride,
+        weight_step,
+        maxima,
+        sums,
+        row,
+        parts,
+        True,
+        True,
+        PARTS,
+    )
+    offsets = offsets_of(log_sums, log_weights)
+    token = tl.load(tokens + row)
+    known = (token >= 0) & (token < width)
+    token = tl.where(known, token, 0)
+    shift = tl.where(known & valid, 0.0, float("nan"))
+    mixed = mix_logprobs(xs, strides, widths, scales, origins, offsets, row, token)
+    to = out + row * (MODELS + 1)
+    tl.store(to, mixed + shift)
+    for k in tl.static_range(MODELS):
+        x = tl.load(xs[k] + row * strides[k] + token, mask=token < widths[k], other=-float("inf"))
+        alone = (x.to(tl.float32) - origins[k]) * scales[k] - log_sums[k]
+        tl.store(to + 1 + k, tl.where(known, alone, float("nan")))
