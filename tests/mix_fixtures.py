@@ -1,10 +1,14 @@
 """What the tests of logit_mix, mix_argmax and mix_sample share: backends, cases, a float64 oracle.
 
+Import the operators from here: on a machine with a GPU their tensors travel to it for the backends
+that run there, so that every test covers these as well.
+
 The oracle is numpy in probability space: sum_k w_k softmax(x_k / t), no log-sum-exp in common with
 the code under test. Inputs are rounded to the dtype under test first, so it sees what the op sees.
 """
 
 import contextlib
+import functools
 import os
 import signal
 
@@ -12,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 
+import mdkernels
 from mdkernels.ops import native
 
 extension = native.load("_cpu").module
@@ -21,14 +26,61 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 7, 17, 33, 2049, 5003)  # around vectors, parts and blocks; none is even but for 0
 TINY = 1e-290  # stands in for a probability of 0 before the logarithm
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+AVAILABLE = {
+    row.backend for row in mdkernels.backends() if row.op == "mix_sample" and row.available
+}
+ON_GPU = {name for name in ("cuda", "triton") if name in AVAILABLE}
+if INTERPRETED:
+    ON_GPU.discard("triton")
+# None of these looks at values on the host: a bad row is marked, not raised.
+UNCHECKED = AVAILABLE & {"cuda", "triton"}
+UNFILTERED = {"triton"}  # no top-k, top-p or min-p
 
-@pytest.fixture(params=["reference", *ISAS])
+
+def fewer(backend: str, many: int, few: int) -> int:
+    """`many`, but `few` for the interpreter: it takes milliseconds per row."""
+    return few if backend == "triton" and INTERPRETED else many
+
+
+def place(x, backend: str):
+    """`x` on the GPU for a backend that needs it there: same storage, strides and offset."""
+    if backend not in ON_GPU:
+        return x
+    if isinstance(x, (list, tuple)):
+        return type(x)(place(item, backend) for item in x)
+    if not isinstance(x, torch.Tensor):
+        return x
+    if x.device.type == "cuda" or x.numel() == 0:
+        return x.cuda()
+    whole = x.new_empty(0).set_(x.untyped_storage()).cuda()
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset()).requires_grad_(x.requires_grad)
+
+
+def _placed(op):
+    @functools.wraps(op)
+    def run(*args, backend="auto", **options):
+        options = {name: place(value, backend) for name, value in options.items()}
+        out = op(*place(args, backend), backend=backend, **options)
+        if backend not in ON_GPU:
+            return out
+        return out.cpu() if isinstance(out, torch.Tensor) else type(out)(*(x.cpu() for x in out))
+
+    return run
+
+
+logit_mix = _placed(mdkernels.logit_mix)
+mix_argmax = _placed(mdkernels.mix_argmax)
+mix_sample = _placed(mdkernels.mix_sample)
+
+
+@pytest.fixture(params=["reference", *ISAS, *sorted(UNCHECKED)])
 def backend(request):
     """The backend, with every instruction set of the CPU extension in turn. One thread: waking a
     second one on a busy machine costs more than these sizes compute; see `threads`."""
     with threads(1):
-        if request.param == "reference":
-            yield "reference"
+        if request.param not in ISAS:
+            yield request.param
             return
         before = extension.isa()
         extension.set_isa(request.param)

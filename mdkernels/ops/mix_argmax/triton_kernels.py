@@ -96,6 +96,7 @@ def best_kernel(
             total += tl.where(cols < live, term, 0.0)
             single = tl.maximum(single, x)
         score = tl.where(alive > 1, tl.where(cols < width, total, -1.0), single)
+        score = tl.where(score == score, score, -1.0)  # NaN: the row is not valid
         top, at = tl.max(score, 0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(best + row * parts + part, top)
         tl.store(best_ids + row * parts + part, part * BLOCK + at)

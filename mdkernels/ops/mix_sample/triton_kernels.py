@@ -201,6 +201,7 @@ def draw_kernel(
         top = tl.maximum(tl.max(score, 0), LOWEST)
         q = tl.exp2((score - top) * slope)
         key = exponentials(seed, position, part * BLOCK, BLOCK) / q
+        key = tl.where(key == key, key, float("inf"))  # NaN: the row is not valid
         fastest, at = tl.min(key, 0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(keys + row * parts + part, fastest)
         tl.store(tops + row * parts + part, top)
