@@ -29,7 +29,7 @@ def files() -> list[Path]:
     return found
 
 
-def run_file(path: Path, marker: str, seconds: float, out: Path) -> dict:
+def run_file(path: Path, marker: str, deadline: float, out: Path) -> dict:
     report, log = out / f"{path.stem}.xml", out / f"{path.stem}.log"
     command = [sys.executable, "-m", "pytest", "-m", marker, str(path), "-p", "no:cacheprovider"]
     command += ["--junit-xml", str(report), "-ra", "--tb=short", "--maxfail=20"]
@@ -37,6 +37,7 @@ def run_file(path: Path, marker: str, seconds: float, out: Path) -> dict:
     environment.setdefault("OMP_NUM_THREADS", "2")
     result = dict.fromkeys(COUNTED, 0) | {"file": path.name, "problem": "", "log": log}
     started = time.monotonic()
+    seconds = max(1.0, deadline - started)
     with log.open("w") as sink:
         try:
             status = subprocess.run(
@@ -74,15 +75,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("files", nargs="*", type=Path, help="default: all that can hold GPU tests")
     parser.add_argument("--jobs", type=int, default=max(1, min(6, (os.cpu_count() or 1) // 2)))
-    parser.add_argument("--seconds", type=float, default=400.0, help="limit of a file")
+    parser.add_argument("--seconds", type=float, default=540.0, help="limit of all files together")
     parser.add_argument("--out", type=Path, help="where the logs and JUnit files go")
     parser.add_argument("--marker", default="gpu", help="pytest -m")
     args = parser.parse_args()
     out = args.out or Path(tempfile.mkdtemp(prefix="gpu-tests-"))
     out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + args.seconds
     with concurrent.futures.ThreadPoolExecutor(args.jobs) as pool:
         pending = [
-            pool.submit(run_file, path.resolve(), args.marker, args.seconds, out)
+            pool.submit(run_file, path.resolve(), args.marker, deadline, out)
             for path in args.files or files()
         ]
         results = []

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
@@ -79,7 +80,11 @@ def work() -> None:
     print("ran", " ".join(dict.fromkeys(ran)) or "nothing")
 
 
-def sanitize(tool: str, program: list[str], compute_sanitizer: str, out: Path, seconds: float):
+def left(deadline: float) -> float:
+    return max(1.0, deadline - time.monotonic())
+
+
+def sanitize(tool: str, program: list[str], compute_sanitizer: str, out: Path, deadline: float):
     """(summary line, ok) of one tool."""
     log = out / f"{tool}.log"
     command = [compute_sanitizer, "--tool", tool, "--error-exitcode", "97", *program]
@@ -87,10 +92,10 @@ def sanitize(tool: str, program: list[str], compute_sanitizer: str, out: Path, s
     with log.open("w") as sink:
         try:
             status = subprocess.run(
-                command, env=environment, stdout=sink, stderr=sink, timeout=seconds
+                command, env=environment, stdout=sink, stderr=sink, timeout=left(deadline)
             ).returncode
         except subprocess.TimeoutExpired:
-            return f"{tool}: no end after {seconds:.0f} s, see {log}", False
+            return f"{tool}: not at its end when time ran out (--seconds), see {log}", False
     text = log.read_text(errors="replace")
     summary = re.findall(r"={9} (.*SUMMARY.*)", text)
     ran = re.findall(r"^ran (.*)$", text, re.MULTILINE)
@@ -104,7 +109,7 @@ def sanitize(tool: str, program: list[str], compute_sanitizer: str, out: Path, s
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=list(TOOLS), metavar="TOOL")
-    parser.add_argument("--seconds", type=float, default=420.0, help="limit of a tool")
+    parser.add_argument("--seconds", type=float, default=540.0, help="limit of all together")
     parser.add_argument("--out", type=Path, help="where the logs go")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -117,25 +122,24 @@ def main() -> None:
     if tool is None:
         print("compute-sanitizer: not run: it is not on the PATH nor under CUDA_HOME/bin")
         return
+    deadline = time.monotonic() + args.seconds
     probe = [tool, "--error-exitcode", "97", sys.executable, "-c", PROBE]
     try:
-        done = subprocess.run(probe, capture_output=True, text=True, timeout=args.seconds)
+        done = subprocess.run(probe, capture_output=True, text=True, timeout=left(deadline))
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
     except subprocess.TimeoutExpired:
-        done, said = None, [f"no end after {args.seconds:.0f} s"]
+        done, said = None, [f"no end within {args.seconds:.0f} s"]
     if done is None or done.returncode != 0:
         print("compute-sanitizer: not run: it fails on one line of torch here:")
         print("\n".join(f"    {line}" for line in said[:8]))
         return
     program = [sys.executable, str(Path(__file__).resolve()), "--work"]
     # Compiles what is compiled at run time, and shows plain errors as such.
-    plain = subprocess.run(program, capture_output=True, text=True, timeout=args.seconds)
+    plain = subprocess.run(program, capture_output=True, text=True, timeout=left(deadline))
     if plain.returncode != 0:
         sys.exit(f"the program fails without the sanitizer:\n{plain.stdout}{plain.stderr}")
     with concurrent.futures.ThreadPoolExecutor(len(args.tools)) as pool:
-        pending = [
-            pool.submit(sanitize, name, program, tool, out, args.seconds) for name in args.tools
-        ]
+        pending = [pool.submit(sanitize, name, program, tool, out, deadline) for name in args.tools]
         results = [future.result() for future in pending]
     for line, _ in results:
         print(line)

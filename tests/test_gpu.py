@@ -140,8 +140,12 @@ def captured(run):
         run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
+    try:
+        with torch.cuda.graph(graph):
+            results = run()
+    except Exception:
+        torch.cuda.set_stream(torch.cuda.default_stream())  # torch leaves the capture's current
+        raise
     return graph, results
 
 

@@ -76,26 +76,28 @@ class Draws:
 def _decode(suite: str, device: Device, shape: dict, filters: dict) -> GpuCase:
     batch, vocab = shape["B"], shape["V"]
     sets = mixes.Sets(batch, vocab, "bf16", device.type, several=True)
-    seeds = torch.arange(batch, device=device.type)
+    # Seeds of their own for every set: equal ones would give equal tokens the same luck.
+    rows = torch.arange(batch * len(sets.pairs), device=device.type)
+    seeds = rows.view(len(sets.pairs), batch).unbind()
     offsets = torch.zeros(batch, dtype=torch.int64, device=device.type)
     options = {"memory_temperature": MEMORY_TEMPERATURE, "temperature": TEMPERATURE, **filters}
 
     def ours(backend):
-        # Sets differ in their logits, so equal seeds are independent draws of different rows.
-        return sets.bind(
-            mdkernels.mix_sample,
-            MIX_WEIGHT,
-            seeds=seeds,
-            offsets=offsets,
-            backend=backend,
-            **options,
-        )
+        def call():
+            return [
+                mdkernels.mix_sample(
+                    *pair, MIX_WEIGHT, seeds=own, offsets=offsets, backend=backend, **options
+                )
+                for pair, own in zip(sets.pairs, seeds, strict=True)
+            ]
+
+        return no_grad(call)
 
     calls = {backend: ours(backend) for backend in device.backends("mix_sample")}
     mine = set(calls)
     calls["eager"] = sets.bind(baselines.mix_sample_race, MIX_WEIGHT, **options)
     calls["eager_multinomial"] = sets.bind(baselines.mix_sample, MIX_WEIGHT, **options)
-    if suite == "full":
+    if suite == "full" and vocab == max(DECODE[suite])[1] and not filters["top_k"]:
         calls["compiled"] = sets.bind(compiled(baselines.mix_sample_race), MIX_WEIGHT, **options)
     for name, sampler in peers.mix_samplers().items():
         calls[name] = sets.bind(sampler, MIX_WEIGHT, **options)

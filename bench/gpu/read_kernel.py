@@ -19,8 +19,11 @@ def _read(source, result, count, BLOCK: tl.constexpr, STEPS: tl.constexpr):
 
 
 def read(words: Tensor) -> Tensor:
-    """Partial sums (wrapping) of an int32 vector; nothing else is written."""
-    programs = triton.cdiv(words.numel(), BLOCK * STEPS)
+    """Partial sums (wrapping) of an int32 vector, but for the last 15 elements: only a multiple of
+    16 lets the compiler load 16 bytes at a time under the mask."""
+    count = words.numel() // 16 * 16
+    programs = max(1, triton.cdiv(count, BLOCK * STEPS))
     result = torch.empty(programs, dtype=torch.int32, device=words.device)
-    _read[(programs,)](words, result, words.numel(), BLOCK, STEPS, num_warps=8)
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    _read[(programs,)](words, result, count, BLOCK, STEPS, **options)
     return result

@@ -17,7 +17,7 @@ from .device import choose
 from .store import Store
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
-PATIENCE = {"full": 150.0, "smoke": 60.0}  # seconds without a sign of life
+PATIENCE = {"full": 100.0, "smoke": 60.0}  # seconds without a sign of life
 RESTARTS = 8  # per process
 BANDWIDTH_BYTES = {"full": 2 << 30, "smoke": 1 << 20}
 LOST = 86  # exit status of a process whose device answers no more
@@ -28,14 +28,8 @@ class State:
 
     def __init__(self, path: Path):
         self.path = path
-        self.content = {
-            "case": "",
-            "provider": "",
-            "phase": "",
-            "avoid": [],
-            "done": [],
-            "left": [],
-        }
+        self.content = {"case": "", "provider": "", "phase": "", "regime": ""}
+        self.content |= {"avoid": [], "done": [], "left": []}
         if path.exists():
             self.content = json.loads(path.read_text())
 
@@ -101,7 +95,7 @@ def _measure(plan: Plan, device, suite: str, state: State) -> dict:
     whole = [entry for entry in avoided if not entry["provider"]]
     if whole:
         return {"rows": [], "goals": [], "unmeasured": whole}
-    state.update(case=plan.key, provider="", phase="inputs", reason="")
+    state.update(case=plan.key, provider="", phase="inputs", regime="", reason="")
     try:
         case = plan.build()
         device.synchronize()
@@ -111,13 +105,19 @@ def _measure(plan: Plan, device, suite: str, state: State) -> dict:
         if not device.alive():
             raise DeviceLost(entry["reason"]) from error
         return {"rows": [], "goals": [], "unmeasured": [entry]}
-    names = {entry["provider"] for entry in unmeasured}
-    case.providers = [p for p in case.providers if p.name not in names]
+    left_out = {(entry["provider"], entry["regime"]) for entry in unmeasured}
+    case.providers = [
+        p
+        for p in case.providers
+        if (p.name, "") not in left_out and (p.name, "stream") not in left_out
+    ]
+    for provider in case.providers:
+        provider.graph &= (provider.name, "graph") not in left_out
     roles = {p.name: p.role == "subject" for p in case.providers}
 
-    def progress(provider: str, phase: str) -> None:
+    def progress(provider: str, phase: str, regime: str) -> None:
         ours = roles.get(provider, False)
-        state.update(case=plan.key, provider=provider, phase=phase, ours=ours)
+        state.update(case=plan.key, provider=provider, phase=phase, regime=regime, ours=ours)
 
     result = measure(case, device, suite, progress)
     result["unmeasured"] += unmeasured
@@ -188,7 +188,7 @@ def _avoid(state: State, status: int | None) -> None:
     how = "no sign of life" if status is None else f"the process ended with status {status}"
     reason = f"{how}. {step.get('reason') or ''}".strip()
     entry = {"case": step["case"], "provider": step["provider"], "phase": step["phase"]}
-    entry |= {"regime": "", "reason": reason, "ours": step.get("ours", False)}
+    entry |= {"regime": step["regime"], "reason": reason, "ours": step.get("ours", False)}
     print(
         f"{step['case']}: {step['provider'] or 'the case'}: {reason}", file=sys.stderr, flush=True
     )

@@ -67,26 +67,31 @@ def _reason(error: BaseException) -> str:
 
 
 def measure(case: GpuCase, device: Device, suite: str, progress: Callable) -> dict:
-    """{"rows", "goals", "unmeasured"} of a case. `progress(provider, phase)` is told before each
-    step that could take the process down."""
+    """{"rows", "goals", "unmeasured"} of a case. `progress(provider, phase, regime)` is told before
+    each step that could take the process down."""
     unmeasured: list[dict] = []
     errors, peaks, launches = {}, {}, {}
     alive: list[Provider] = []
 
-    def attempt(provider: Provider, phase: str, action: Callable, regime: str | None = None):
+    def attempt(provider: Provider, phase: str, action: Callable, regime: str = ""):
         """action(), or None and an entry in `unmeasured`."""
-        progress(provider.name, phase)
+        progress(provider.name, phase, regime)
         try:
             result = action()
             device.synchronize()
             return result
         except Exception as error:
             what = {"case": case.key, "provider": provider.name, "reason": _reason(error)}
-            # A backend that says it cannot do this is left out; anything else of ours is a bug.
-            ours = provider.role == SUBJECT and not isinstance(error, BackendUnavailable)
-            what |= {"phase": phase, "regime": regime or "", "ours": ours}
+            # A backend that says it cannot do this is left out, and counting launches is up to the
+            # profiler; anything else of ours is a bug.
+            excused = isinstance(error, BackendUnavailable) or phase == "launches"
+            ours = provider.role == SUBJECT and not excused
+            what |= {"phase": phase, "regime": regime, "ours": ours}
             unmeasured.append(what)
             del error
+        # torch does not leave a capture that failed: stream and generator stay in it.
+        if phase == "capture":
+            raise DeviceLost(unmeasured[-1]["reason"])
         device.release()
         if not device.alive():
             raise DeviceLost(unmeasured[-1]["reason"])
@@ -130,7 +135,7 @@ def measure(case: GpuCase, device: Device, suite: str, progress: Callable) -> di
                 samplers.append(sampler)
         if not any(s.provider.role == SUBJECT for s in samplers):
             continue
-        progress("", f"timing {regime}")
+        progress("", "timing", regime)
         _rounds(samplers, BUDGETS[suite], case.seconds)
         for s in samplers:
             extra = {"errors": errors.get(s.provider.name) or {}, "peak": peaks[s.provider.name][0]}
