@@ -209,11 +209,14 @@ class StandIn(Device):
 
 def choose(kind: str) -> Device:
     """Of `--device`: "cuda", or "cpu" for the stand-in."""
-    if kind == "cpu":
-        return StandIn()
-    if not torch.cuda.is_available():
+    require(kind)
+    return StandIn() if kind == "cpu" else Cuda()
+
+
+def require(kind: str) -> None:
+    """Exit with a message if there is no such device. Does not open it."""
+    if kind == "cuda" and not torch.cuda.is_available():
         raise SystemExit(
             "--device cuda: no CUDA device is visible to torch "
             f"(torch {torch.__version__}, CUDA {torch.version.cuda or 'none: a CPU build'})"
         )
-    return Cuda()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from .case import Plan
-from .device import choose
+from .device import choose, require
 from .store import Store
 
 RUN = Path(__file__).resolve().parents[1] / "run.py"
@@ -139,6 +139,7 @@ def _report(plan: Plan, measured: dict, seconds: float) -> None:
 
 def run(args) -> tuple[Path, list[str]]:
     """Measure `args.ops`; returns (the device's folder, the cases that time ran out for)."""
+    require(args.device)
     left: list[str] = []
     groups = [[op] for op in args.ops] if args.suite == "full" else [args.ops]
     with tempfile.TemporaryDirectory() as scratch:
