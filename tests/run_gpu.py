@@ -8,6 +8,7 @@ for the device. Ends with status 1 when a test failed, a process died, or no GPU
 import argparse
 import concurrent.futures
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,12 +22,10 @@ COUNTED = ("tests", "failures", "errors", "skipped")
 
 def files() -> list[Path]:
     """The test files that can hold GPU tests: of an operator, or marked."""
-    found = []
-    for path in sorted(TESTS.glob("test_*.py")):
-        text = path.read_text()
-        if "\nOP = " in text or "mark.gpu" in text or "mix_fixtures" in text or "knn_" in text:
-            found.append(path)
-    return found
+    sign = re.compile(
+        r"^OP = |^pytestmark = pytest.mark.gpu|mix_fixtures|import .*knn_targets", re.M
+    )
+    return [path for path in sorted(TESTS.glob("test_*.py")) if sign.search(path.read_text())]
 
 
 def run_file(path: Path, marker: str, deadline: float, out: Path) -> dict:

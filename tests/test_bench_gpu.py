@@ -1,33 +1,20 @@
-"""The GPU benchmark harness, without a GPU: it resumes, survives crashes and hangs, times nothing
-that is wrong, and its tables say what is not measured yet."""
+"""The GPU benchmark harness, without a GPU: it times nothing that is wrong, and its
+tables say what is not measured yet."""
 
-import argparse
 import copy
-import importlib
-import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
+import bench_fixtures
 import pytest
 import torch
+from bench_fixtures import BENCH, make_case, measure, providers
 
-ROOT = Path(__file__).resolve().parents[1]
-BENCH = ROOT / "bench"
+load = bench_fixtures.load
+ROOT = BENCH.parent
 OPS = ("token_logprobs", "mix_sample")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a module of bench/ as run.py does, and forget it afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(BENCH) in (getattr(sys.modules[name], "__file__", None) or ""):
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -109,38 +96,6 @@ def test_goals_keep_the_worst_of_several_shapes(load):
 # ---- one case in this process
 
 
-def make_case(load, providers, check=None):
-    case = load("gpu.case")
-    return case.GpuCase(
-        op="token_logprobs",
-        kind="gold",
-        shape={"N": 1},
-        dtype="bf16",
-        providers=providers,
-        check=check or (lambda provider: {"absolute": 0.0}),
-        bytes_moved=1000,
-        floor="none",
-    )
-
-
-def spin(steps):
-    return lambda: sum(range(steps))
-
-
-def providers(load):
-    cases = load("cases")
-    return [
-        cases.Provider("cpu", spin(200), cases.SUBJECT),
-        cases.Provider("eager", spin(20000)),
-        cases.Provider("floor", spin(300), cases.FLOOR),
-    ]
-
-
-def measure(load, case):
-    device = load("gpu.device").StandIn()
-    return load("gpu.timing").measure(case, device, "smoke", lambda *step: None)
-
-
 def test_ratios_and_goals(load):
     found = measure(load, make_case(load, providers(load)))
     by_name = {row["provider"]: row for row in found["rows"]}
@@ -195,134 +150,51 @@ def test_a_lost_device_ends_the_process(load, monkeypatch):
         measure(load, make_case(load, providers(load), check))
 
 
-# ---- resuming
-
-
-@pytest.fixture
-def worker(load, monkeypatch, tmp_path):
-    """work() on two cases of a made-up module, and which of them it built."""
-    runner, case = load("gpu.runner"), load("gpu.case")
-    built = []
-
-    def build(name):
-        if name in worker.failing:
-            raise KeyboardInterrupt  # as a kill does, past every handler
-        built.append(name)
-        made = make_case(load, providers(load))
-        made.kind = name
-        return made
-
-    class Module:
-        @staticmethod
-        def plans(suite, device):
-            for name in ("gold", "alignment"):
-                yield case.Plan("token_logprobs", name, {"N": 1}, "bf16", lambda n=name: build(n))
-
-    def worker(**changes):
-        built.clear()
-        options = {"device": "cpu", "suite": "smoke", "ops": ["token_logprobs"], "cases": ""}
-        options |= {"out": tmp_path, "state": tmp_path / "state", "force": False}
-        options |= {"deadline": time.time() + 100, **changes}
-        (tmp_path / "state").unlink(missing_ok=True)
-        runner.work(argparse.Namespace(**options))
-        return list(built)
-
+def graph_device(load, monkeypatch, graph):
     device = load("gpu.device")
-    monkeypatch.setattr(device.StandIn, "peak", lambda self, call, prepare: 0)  # collects garbage
-    worker.failing, worker.state = set(), tmp_path / "state"
-    worker.file = tmp_path / "cpu-stand-in" / "token_logprobs.json"
-    monkeypatch.setattr(runner.importlib, "import_module", lambda name: Module)
-    return worker
+    monkeypatch.setattr(device.StandIn, "regimes", ("stream", "graph"))
+    monkeypatch.setattr(device.StandIn, "graph", lambda self, call: graph(call), raising=False)
+    mine = providers(load)
+    for provider in mine:
+        provider.graph, provider.units = provider.name != "eager", 3
+    case = make_case(load, mine)
+    case.regimes, case.op, case.kind, case.shape = ("stream", "graph"), "mix_sample", "decode", {}
+    return case
 
 
-def test_a_killed_run_goes_on_where_it_stopped(worker, load):
-    worker.failing.add("alignment")
-    with pytest.raises(KeyboardInterrupt):
-        worker()
-    document = load("results").read(worker.file)
-    assert [case["key"].split()[1] for case in document["cases"]] == ["gold"]
-    before = document["rows"]
-    worker.failing.clear()
-    assert worker() == ["alignment"]
-    document = load("results").read(worker.file)
-    assert document["rows"][: len(before)] == before
-    assert len(document["rows"]) == 2 * len(before)
-    assert worker() == []
-    assert worker(force=True) == ["gold", "alignment"]
-    assert worker(force=True, cases="gold") == ["gold"]
-    assert len(load("results").read(worker.file)["rows"]) == 2 * len(before)
+def test_both_regimes_are_measured(load, monkeypatch):
+    case = graph_device(load, monkeypatch, lambda call: call)
+    found = measure(load, case)
+    names = {regime: [] for regime in ("stream", "graph")}
+    for row in found["rows"]:
+        names[row["regime"]].append(row["provider"])
+    assert names == {"stream": ["cpu", "eager", "floor"], "graph": ["cpu", "floor"]}
+    assert {goal["regime"] for goal in found["goals"]} == {"stream"}  # eager is in no graph here
+    (one,) = [r for r in found["rows"] if (r["provider"], r["regime"]) == ("cpu", "stream")]
+    assert one["calls_per_sample"] == 3
 
 
-def test_other_sources_are_measured_again_and_old_results_kept_until_then(
-    worker, load, monkeypatch
+def test_a_failed_capture_ends_the_process_and_is_left_out_of_that_regime(
+    load, monkeypatch, tmp_path
 ):
-    worker()
-    monkeypatch.setattr(load("machine"), "sources", lambda: "changed")
-    assert worker(cases="gold") == ["gold"]
-    document = load("results").read(worker.file)
-    assert len(document["environments"]) == 2
-    runs = {row["kind"]: row["run"] for row in document["rows"]}
-    assert runs["gold"].startswith("changed")
-    assert not runs["alignment"].startswith("changed")
-    assert worker() == ["alignment"]
-    assert len(load("results").read(worker.file)["environments"]) == 1
+    def graph(call):
+        raise RuntimeError("operation not permitted when stream is capturing")
 
-
-def test_out_of_time_leaves_the_rest_for_the_next_run(worker):
-    assert worker(deadline=time.time() - 1) == []
-    left = json.loads(worker.state.read_text())["left"]
-    assert [key.split()[1] for key in left] == ["gold", "alignment"]
-
-
-# ---- a process that dies or hangs
-
-WORKER = """
-import json, sys, time
-from pathlib import Path
-path = Path(sys.argv[sys.argv.index("--state") + 1])
-state = json.loads(path.read_text()) if path.exists() else {"avoid": [], "done": [], "left": []}
-if not state["avoid"]:
-    state |= {"case": "op kind N=1 bf16", "provider": "cuda", "phase": "check", "ours": True}
-    state["regime"] = ""
-    path.write_text(json.dumps(state))
-    ACTION
-state["left"] = [entry["provider"] + ": " + entry["reason"] for entry in state["avoid"]]
-path.write_text(json.dumps(state))
-"""
-
-
-@pytest.mark.parametrize(
-    ("action", "reason"),
-    [
-        ("import os; os.abort()", "the process ended with status -6."),
-        ("sys.exit(86)", "the process ended with status 86."),
-        ("time.sleep(60)", "no sign of life."),
-    ],
-)
-def test_the_step_that_took_the_process_down_is_left_out(
-    load, monkeypatch, tmp_path, action, reason
-):
-    runner = load("gpu.runner")
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER.replace("ACTION", action))
-    monkeypatch.setattr(runner, "RUN", script)
-    monkeypatch.setattr(runner, "PATIENCE", {"smoke": 2.0})
-    options = {"device": "cpu", "suite": "smoke", "out": tmp_path, "cases": "", "force": False}
-    args = argparse.Namespace(**options, deadline=0.0)
-    assert runner._run_group(["sparse_kl"], args, tmp_path / "state") == [f"cuda: {reason}"]
-
-
-def test_avoided_providers_are_in_the_results_with_their_reason(load, tmp_path):
-    runner, case = load("gpu.runner"), load("gpu.case")
-    state = runner.State(tmp_path / "state")
-    made = make_case(load, providers(load))
-    plan = case.Plan(made.op, made.kind, made.shape, made.dtype, lambda: made)
-    entry = {"case": plan.key, "provider": "eager", "phase": "check", "regime": ""}
-    state.update(avoid=[entry | {"reason": "no sign of life", "ours": False}])
+    case, timing = graph_device(load, monkeypatch, graph), load("gpu.timing")
+    steps = []
     device = load("gpu.device").StandIn()
+    with pytest.raises(timing.DeviceLost, match="not permitted"):
+        timing.measure(case, device, "smoke", lambda *step: steps.append(step))
+    assert steps[-1] == ("cpu", "capture", "graph")
+    runner = load("gpu.runner")
+    state = runner.State(tmp_path / "state")
+    plan = load("gpu.case").Plan(case.op, case.kind, case.shape, case.dtype, lambda: case)
+    state.update(case=plan.key, provider="cpu", phase="capture", regime="graph", ours=True)
+    runner._avoid(state, runner.LOST)
+    monkeypatch.setattr(load("gpu.device").StandIn, "graph", lambda self, call: call)
     found = runner._measure(plan, device, "smoke", state)
-    assert {row["provider"] for row in found["rows"]} == {"cpu", "floor"}
-    assert found["unmeasured"][0]["reason"] == "no sign of life"
+    assert {row["regime"] for row in found["rows"]} == {"stream"}
+    assert [(u["provider"], u["regime"]) for u in found["unmeasured"]] == [("cpu", "graph")]
 
 
 # ---- inputs
