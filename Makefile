@@ -1,11 +1,12 @@
 # make demo | test | test-triton | test-cuda-host | lint | sanitize | bench
-# All of them create .venv if it is not there.
+# All of them create .venv if it is not there. Not so, and without network, see CONTRIBUTING.md:
+# make gpu                    on a machine with an NVIDIA GPU
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*/*.* tests/cuda_shim/*.*)
 
-.PHONY: demo test test-triton test-cuda-host lint format sanitize bench clean
+.PHONY: demo test test-triton test-cuda-host lint format sanitize bench gpu clean
 
 # CPU torch where no GPU is visible, the newest torch where one is. torch goes in first, so that no
 # later resolver run replaces it. The stamp makes a second run free until the packaging changes.
@@ -55,6 +56,17 @@ test-cuda-host: $(VENV)/stamp-dev
 
 bench: $(VENV)/stamp-dev
 	$(BIN)/python bench/run.py --suite full
+
+# With the Python of .venv if it is there, else with $(PYTHON). Every step runs whatever the one
+# before it found, and the first failure is the result.
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:
+	$(GPU_PYTHON) -m pip install --quiet --no-build-isolation --no-deps -e .
+	status=0; \
+	$(GPU_PYTHON) tests/run_gpu.py || status=1; \
+	$(GPU_PYTHON) tests/sanitize_gpu.py || status=1; \
+	$(GPU_PYTHON) bench/run.py --device cuda || status=1; \
+	exit $$status
 
 clean:
 	rm -rf build dist *.egg-info mdkernels/*.so mdkernels/_build_info.py

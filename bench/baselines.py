@@ -19,7 +19,7 @@ from mdkernels import SparseTargets
 def dense_target(targets: SparseTargets, row_ids: Tensor, vocab: int) -> Tensor:
     """(N, V) fp32. The official collate writes it with one indexed assignment per row in a Python
     loop; a single scatter is faster, so the official loss gets that."""
-    dense = torch.zeros(targets.num_rows, vocab)
+    dense = torch.zeros(targets.num_rows, vocab, device=targets.device)
     dense[row_ids, targets.token_ids.long()] = targets.probs
     return dense
 
@@ -65,7 +65,7 @@ class _FusedInTorch(torch.autograd.Function):
         ce = (lse - logits.gather(1, labels[:, None]).squeeze(1).float()).mean()
         grad *= ((kl_weight * mass + (1 - kl_weight)) / rows)[:, None]
         grad.index_put_((row_ids, token_ids), probs * (-kl_weight / rows), accumulate=True)
-        step = torch.full((rows, 1), (kl_weight - 1) / rows)
+        step = grad.new_full((rows, 1), (kl_weight - 1) / rows)
         grad.scatter_add_(1, labels[:, None], step)
         ctx.save_for_backward(grad.to(logits.dtype))
         return kl_weight * kl + (1 - kl_weight) * ce
@@ -137,6 +137,23 @@ def mix_sample(base, memory, mix_weight, memory_temperature, temperature, top_k,
     return torch.multinomial(probs, 1).squeeze(1)
 
 
+def mix_sample_race(base, memory, mix_weight, memory_temperature, temperature, top_k, top_p, min_p):
+    """The same with a race of exponential clocks instead of torch.multinomial, which waits for the
+    device to report a bad row: the way to sample inside a CUDA graph."""
+    logprobs = mix(base, memory, mix_weight, memory_temperature) / temperature
+    probs = filter_logprobs(logprobs, top_k, top_p, min_p).softmax(dim=-1)
+    return (probs / torch.empty_like(probs).exponential_()).argmax(dim=-1)
+
+
+def mix_gather(base, memory, mix_weight: float, temperature: float, tokens: Tensor) -> Tensor:
+    """(N, 3): the given tokens' log-probabilities under the mixture, the base and the memory."""
+    tokens = tokens[:, None]
+    base = F.log_softmax(base.float(), dim=-1).gather(1, tokens)
+    memory = F.log_softmax(memory.float() / temperature, dim=-1).gather(1, tokens)
+    gold = torch.logaddexp(base + math.log(1 - mix_weight), memory + math.log(mix_weight))
+    return torch.cat([gold, base, memory], dim=1)
+
+
 # --- knn_targets ----------------------------------------------------------------------------------
 
 
@@ -146,7 +163,7 @@ def official_knn(distances, neighbor_ids, values, temperature: float, vocab: int
     distances, neighbor_ids = distances[:, 1:], neighbor_ids[:, 1:]
     weights = F.softmax(-distances / temperature, dim=-1)
     tokens = values[neighbor_ids]
-    dense = torch.full((len(tokens), vocab), 0.0).scatter_add(-1, tokens, weights)
+    dense = weights.new_zeros(len(tokens), vocab).scatter_add(-1, tokens, weights)
     dense = F.normalize(dense, p=1, dim=-1)
     rows = []
     for row in range(len(dense)):
@@ -177,13 +194,13 @@ def sorted_knn(distances, neighbor_ids, values, temperature, exclude_ids) -> Spa
     starts = starts.view(-1)
     run = starts.cumsum(0) - 1
     first = starts.nonzero().squeeze(1)
-    sums = torch.zeros(len(first)).index_add_(0, run, weights.view(-1))
+    sums = weights.new_zeros(len(first)).index_add_(0, run, weights.view(-1))
     rows = first // tokens.shape[1]
     ids = tokens.view(-1)[first]
     kept = sums > 0
     rows, ids, sums = rows[kept], ids[kept], sums[kept]
     # One key per entry, ascending by row and then descending by probability.
     order = (rows.double() * 2 - sums.double()).argsort()
-    offsets = torch.zeros(len(distances) + 1, dtype=torch.int64)
+    offsets = rows.new_zeros(len(distances) + 1)
     torch.cumsum(torch.bincount(rows, minlength=len(distances)), 0, out=offsets[1:])
     return SparseTargets(offsets, ids[order].int(), sums[order])

@@ -21,7 +21,8 @@ class Provider:
     """One way to compute a case.
 
     `call` is timed; `prepare` runs before every sample and is not. A provider that consumes its
-    input (in place) is not `repeatable`: every call needs its own `prepare`.
+    input (in place) is not `repeatable`: every call needs its own `prepare`. `units`: how many
+    calls of the op one `call` makes. `graph`: whether a CUDA graph can hold it.
     """
 
     name: str
@@ -29,6 +30,8 @@ class Provider:
     role: str = BASELINE
     prepare: Callable[[], None] | None = None
     repeatable: bool = True
+    units: int = 1
+    graph: bool = False
 
 
 @dataclass

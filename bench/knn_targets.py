@@ -62,7 +62,9 @@ def as_targets(result) -> SparseTargets:
         return result
     lengths = torch.tensor([0] + [len(ids) for ids, _ in result])
     ids = torch.cat([ids for ids, _ in result]).int()
-    return SparseTargets(lengths.cumsum(0), ids, torch.cat([probs for _, probs in result]))
+    return SparseTargets(
+        lengths.cumsum(0).to(ids.device), ids, torch.cat([probs for _, probs in result])
+    )
 
 
 def cases(suite: str) -> Iterator[Case]:

@@ -4,6 +4,8 @@ import ctypes
 import datetime
 import gc
 import glob
+import hashlib
+import importlib.metadata
 import os
 import platform
 import re
@@ -127,7 +129,30 @@ def device_name() -> str:
     return "-".join([*words, f"{len(os.sched_getaffinity(0))}core"])
 
 
-def _commit() -> str:
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ")
+
+
+def version(package: str) -> str | None:
+    """Of an installed distribution."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def sources() -> str:
+    """A digest of everything that decides over a result; unlike the commit it needs no git, and it
+    tells one state of uncommitted work from the next."""
+    digest = hashlib.sha256()
+    for pattern in ("mdkernels/**/*.py", "csrc/**/*.*", "bench/**/*.py", "CMakeLists.txt"):
+        for path in sorted(REPOSITORY.glob(pattern)):
+            if path.name != "_build_info.py":  # written by the build
+                digest.update(path.relative_to(REPOSITORY).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def commit() -> str:
     """The commit, with "+" when the tree differs from it; "unknown" outside a git checkout."""
     try:
         git = ["git", "-C", str(REPOSITORY)]
@@ -160,8 +185,8 @@ def environment(regime: str, settings: dict[str, str]) -> dict:
     huge = "/sys/kernel/mm/transparent_hugepage"
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%dT%H:%MZ"),
-        "commit": _commit(),
+        "date": now(),
+        "commit": commit(),
         "mdkernels": mdkernels.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),

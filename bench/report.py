@@ -1,4 +1,6 @@
-"""results/<device>/README.md from the JSON files beside it: `python bench/report.py DIR`."""
+"""results/<device>/README.md from the JSON files beside it: `python bench/report.py DIR`.
+
+With --goals instead: the table of the project's README, from the GPU results that are there."""
 
 import sys
 from pathlib import Path
@@ -22,15 +24,15 @@ def documents(device: Path) -> list[dict]:
     return [found[op] for op in results.OPS if op in found]
 
 
-def _spread(value: dict, digits: int = 3) -> str:
+def spread(value: dict, digits: int = 3) -> str:
     return f"{value['median']:.{digits}g} [{value['p20']:.{digits}g}-{value['p80']:.{digits}g}]"
 
 
-def _shape(row: dict) -> str:
+def shape(row: dict) -> str:
     return " ".join(f"{name}={size}" for name, size in row["shape"].items())
 
 
-def _table(head: list[str], lines: list[list[str]]) -> str:
+def table(head: list[str], lines: list[list[str]]) -> str:
     rows = [head, ["---"] * len(head), *lines]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
@@ -45,12 +47,12 @@ def _goals(found: list[dict]) -> str:
             lines.append(
                 [
                     goal["op"],
-                    _shape(goal),
+                    shape(goal),
                     goal["dtype"],
                     goal["regime"],
                     versus,
                     f"{goal['relation']} {goal['factor']:g}x",
-                    _spread(goal["measured"]),
+                    spread(goal["measured"]),
                     "yes" if goal["met"] else "**no**",
                 ]
             )
@@ -58,10 +60,10 @@ def _goals(found: list[dict]) -> str:
         return ""
     head = ["op", "shape", "dtype", "regime", "time ratio", "goal", "measured", "met"]
     met = sum(line[-1] == "yes" for line in lines)
-    return f"## Goals: {met} of {len(lines)} met\n\n{_table(head, lines)}\n"
+    return f"## Goals: {met} of {len(lines)} met\n\n{table(head, lines)}\n"
 
 
-def _error(row: dict) -> str:
+def error(row: dict) -> str:
     return ", ".join(f"{name} {value:.1e}" for name, value in row["errors"].items())
 
 
@@ -78,22 +80,22 @@ def _op(document: dict) -> str:
         mark = "*" if row["samples_contended"] else ""
         lines.append(
             [
-                _shape(row),
+                shape(row),
                 row["dtype"],
                 row["regime"],
                 row["provider"] + mark,
-                _spread(row["ms"]),
+                spread(row["ms"]),
                 *(f"{row['times_subject'][name]['median']:.3g}" for name in subjects),
                 "" if part else f"{row['gb_per_s']:.3g}",
                 "" if part else f"{100 / row['times_floor']['median']:.3g} %",
                 "" if peak is None else f"{peak / 1e6:.3g}",
-                _error(row),
+                error(row),
             ]
         )
     notes = {name: value for row in rows for name, value in row["notes"].items()}
     text = "".join(f", {name.replace('_', ' ')} {value:.4g}" for name, value in notes.items())
     moved = f"Floor: {rows[0]['floor']}{text}."
-    return f"## {document['op']}\n\n{moved}\n\n{_table(head, lines)}\n"
+    return f"## {document['op']}\n\n{moved}\n\n{table(head, lines)}\n"
 
 
 def _machine(found: list[dict]) -> str:
@@ -119,12 +121,16 @@ def _machine(found: list[dict]) -> str:
     size = first["bandwidth"]["bytes"] >> 20
     return (
         f"{text}\n\nMemory bandwidth over {size} MB buffers in GB/s (bytes read plus written):\n\n"
-        f"{_table(head, lines)}\n"
+        f"{table(head, lines)}\n"
     )
 
 
 def render(found: list[dict]) -> str:
     """The whole README.md."""
+    if "cases" in found[0]:
+        from gpu import report as gpu_report
+
+        return gpu_report.render(found)
     title = f"# Benchmark on {found[0]['device']}, suite {found[0]['suite']}\n"
     parts = [title, HOW.format(command=found[0]["command"]) + "\n", _machine(found)]
     parts += [_goals(found), *(_op(document) for document in found)]
@@ -138,4 +144,10 @@ def write(device: Path) -> Path:
 
 
 if __name__ == "__main__":
-    print(write(Path(sys.argv[1])))
+    if sys.argv[1] == "--goals":
+        from gpu import report as gpu_report
+
+        found = gpu_report.measured(Path(__file__).parent / "results")
+        print(gpu_report.goals_table(found, gpu_report.HEADLINES))
+    else:
+        print(write(Path(sys.argv[1])))

@@ -7,6 +7,8 @@ from pathlib import Path
 FORMAT = 1
 OPS = ("sparse_kl", "token_logprobs", "logit_mix", "mix_argmax", "mix_sample", "knn_targets")
 QUANTILES = {"median": float, "p20": float, "p80": float}
+# A name that ends in "?" may be missing. `run` is a key of `environments`.
+GPU = {"kind?": str, "run?": str}
 ROW = {
     "op": str,
     "shape": dict,
@@ -27,6 +29,9 @@ ROW = {
     "peak_increment_bytes": (int, type(None)),
     "errors": dict,
     "notes": dict,
+    **GPU,
+    "output_bytes?": int,
+    "launches?": (int, float, type(None)),
 }
 GOAL = {
     "op": str,
@@ -39,7 +44,13 @@ GOAL = {
     "factor": (int, float),
     "measured": QUANTILES,
     "met": bool,
+    **GPU,
+    "unit?": str,
+    "goal?": str,
 }
+# What a finished case on a GPU could not measure, and why.
+UNMEASURED = {"provider": str, "phase": str, "regime": str, "reason": str, "ours": bool}
+CASE = {"key": str, "run": str, "unmeasured": [UNMEASURED]}
 DOCUMENT = {
     "format": int,
     "op": str,
@@ -49,17 +60,20 @@ DOCUMENT = {
     "environments": dict,
     "rows": [ROW],
     "goals": [GOAL],
+    "cases?": [CASE],
 }
 
 
 def check(value, schema=DOCUMENT, where: str = "results") -> None:
     """Raise ValueError at the first place where `value` is not of the schema."""
     if isinstance(schema, dict):
-        if not isinstance(value, dict) or value.keys() != schema.keys():
+        needed = {key for key in schema if not key.endswith("?")}
+        known = {key.rstrip("?"): inner for key, inner in schema.items()}
+        if not isinstance(value, dict) or not needed <= value.keys() <= known.keys():
             found = sorted(value) if isinstance(value, dict) else type(value).__name__
             raise ValueError(f"{where}: expected the keys {sorted(schema)}, got {found}")
-        for key, inner in schema.items():
-            check(value[key], inner, f"{where}.{key}")
+        for key, inner in value.items():
+            check(inner, known[key], f"{where}.{key}")
     elif isinstance(schema, list):
         if not isinstance(value, list):
             raise ValueError(f"{where}: expected a list, got {type(value).__name__}")

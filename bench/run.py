@@ -76,23 +76,62 @@ def run(suite: str, ops: list[str], chosen: list[str], out: Path) -> list[Path]:
     return list(dict.fromkeys(written))
 
 
+def measure_gpu(args, started: float) -> None:
+    """--device: the cases of bench/gpu, and the table. Ends with status 1 if one of ours failed."""
+    from gpu import report, runner
+
+    args.deadline = args.deadline or time.time() + args.seconds
+    device, left = runner.run(args)
+    path, failed = report.write(device)
+    print(path.read_text())
+    print(f"{path} ({time.monotonic() - started:.0f} s)", file=sys.stderr)
+    if left:
+        names = "\n  ".join(left)
+        print(f"out of time; the same command goes on with:\n  {names}", file=sys.stderr)
+    if failed:
+        sys.exit(f'{len(failed)} failures of ours, listed above under "Not measured"')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--suite", choices=("smoke", "full"), default="full")
     every = list(results.OPS)
     parser.add_argument("--ops", nargs="+", choices=every, default=every, metavar="OP")
-    parser.add_argument("--regime", choices=regimes.CHOICES, default="both")
+    parser.add_argument("--regime", choices=regimes.CHOICES, default="both", help="CPU only")
     parser.add_argument("--out", type=Path, help="default: bench/results; build/bench for smoke")
+    parser.add_argument(
+        "--device", choices=("cuda", "cpu"), help="the GPU cases; cpu stands in for the smoke suite"
+    )
+    parser.add_argument("--cases", default="", metavar="TEXT", help="GPU: cases with this text")
+    parser.add_argument("--seconds", type=float, default=450.0, help="GPU: start no case later")
+    parser.add_argument("--force", action="store_true", help="GPU: measure finished cases again")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--state", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cpu" and args.suite == "full":
+        parser.error(
+            "--device cpu is a stand-in for --suite smoke; without --device, the CPU suite"
+        )
+    if args.worker and args.device:
+        from gpu import runner
+
+        runner.work(args)
+        return
     if args.worker:
         work(args)
         return
     started = time.monotonic()
+    args.out = args.out or OUT[args.suite]
+    if args.device:
+        measure_gpu(args, started)
+        return
+    measure_cpu(args, started)
+
+
+def measure_cpu(args, started: float) -> None:
     try:
-        written = run(
-            args.suite, args.ops, regimes.CHOICES[args.regime], args.out or OUT[args.suite]
-        )
+        written = run(args.suite, args.ops, regimes.CHOICES[args.regime], args.out)
     except subprocess.CalledProcessError as error:
         sys.exit(f"a benchmark process failed with status {error.returncode}; see above")
     import plot

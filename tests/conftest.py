@@ -8,7 +8,7 @@ import torch
 from helpers import variants
 from hypothesis import HealthCheck, settings
 
-from mdkernels.ops import native
+from mdkernels.ops import dispatch, native
 
 # derandomize: CI must not fail on a draw nobody can repeat; deadline: a busy machine is no bug;
 # fixtures: the `variant` of a test holds for all of its examples.
@@ -54,11 +54,17 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("variant", "dtype"), params, indirect=["variant"])
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(config, items):
     if INTERPRETED:
         dropped = [item for item in items if not _interpreted(item)]
         items[:] = [item for item in items if _interpreted(item)]
         config.hook.pytest_deselected(items=dropped)
+    on_gpu = {v.backend for op in dispatch.OPS for v in variants(op) if v.device == "cuda"}
+    for item in items:
+        # Of the fixtures named `backend` that some modules have instead of `variant`.
+        if hasattr(item, "callspec") and item.callspec.params.get("backend") in on_gpu:
+            item.add_marker(pytest.mark.gpu)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no CUDA device is visible to torch")

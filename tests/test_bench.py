@@ -1,28 +1,18 @@
 """The benchmark harness: its smoke suite runs, its files obey their schema, its statistics hold."""
 
 import copy
-import importlib
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import bench_fixtures
 import pytest
+from bench_fixtures import BENCH
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
+load = bench_fixtures.load
 OPS = ("knn_targets", "token_logprobs")  # the two cheapest; the whole smoke suite is a CI step
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a module of bench/ by its plain name, as run.py does, and forget it afterwards."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(BENCH))
-    yield importlib.import_module
-    for name in set(sys.modules) - before:
-        if str(BENCH) in (getattr(sys.modules[name], "__file__", None) or ""):
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Benchmark on a GPU: `python bench/run.py --device cuda`. Documented in bench/README.md."""
