@@ -45,7 +45,9 @@ def check(p, expected, variant, inplace):
     expected.check_grad(grad, variant)
 
 
-@pytest.mark.interpreted(inplace=True, dtype=torch.float32)
+@pytest.mark.interpreted(
+    inplace=True, dtype=torch.float32, kind=[k for k in LOGITS if k not in ("normal", "peaked")]
+)
 @pytest.mark.interpreted(inplace=False, dtype=torch.float32, kind=["shifted_1e4", "all_lowest"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize("kind", LOGITS)
@@ -61,7 +63,7 @@ def test_widths(variant, dtype, vocab, inplace, poisoned_memory):
     check(*solved("peaked", 8, vocab, dtype), variant, inplace)
 
 
-@pytest.mark.interpreted(dtype=torch.float16)
+@pytest.mark.interpreted(dtype=torch.float16, inplace=True)
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 def test_gpt2_vocabulary(variant, dtype, inplace, poisoned_memory):
     check(*solved("peaked", 8, 50257, dtype), variant, inplace)
@@ -154,7 +156,7 @@ def test_reductions(variant, dtype):
     torch.testing.assert_close(no_labels.loss * len(logits), every.loss)
 
 
-@pytest.mark.interpreted(dtype=torch.float32)
+@pytest.mark.interpreted(dtype=torch.float32, reduction="mean")
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 def test_all_rows_ignored(variant, dtype, reduction, inplace):
