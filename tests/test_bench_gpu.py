@@ -85,6 +85,20 @@ def test_goals_show_the_measured_value_and_the_verdict(load):
     )
 
 
+def test_memory_and_launches_are_goals_of_their_own(load):
+    targets = {target.identity: target for target in load("gpu.goals").TARGETS}
+    memory, launches = targets["sparse_kl memory 50257"], targets["launches B=1"]
+    row = {"peak_increment_bytes": 3_000_000, "output_bytes": 1_000_000, "launches": 2.0}
+    assert (memory.value(row), launches.value(row)) == (2.0, 2.0)
+    assert memory.value(row | {"peak_increment_bytes": None}) is None
+    assert (
+        load("gpu.report")
+        .goals_table(measured_goal(load, goal=memory.identity, unit="MB", baseline="", met=False))
+        .count("0.91 MB, **not met**")
+        == 1
+    )
+
+
 def test_goals_keep_the_worst_of_several_shapes(load):
     report = load("gpu.report")
     worse = {"median": 0.5, "p20": 0.5, "p80": 0.5}

@@ -40,8 +40,6 @@ def worker(load, monkeypatch, tmp_path):
         runner.work(argparse.Namespace(**options))
         return list(built)
 
-    device = load("gpu.device")
-    monkeypatch.setattr(device.StandIn, "peak", lambda self, call, prepare: 0)  # collects garbage
     worker.failing, worker.state = set(), tmp_path / "state"
     worker.file = tmp_path / "cpu-stand-in" / "token_logprobs.json"
     monkeypatch.setattr(runner.importlib, "import_module", lambda name: Module)
