@@ -12,6 +12,7 @@ import functools
 import os
 import signal
 
+import cuda_host
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ from mdkernels.ops import native
 
 extension = native.load("_cpu").module
 ISAS = extension.supported_isas() if extension else []
+no_cuda_here = pytest.mark.skipif(bool(cuda_host.PATH), reason="the CUDA kernels run on the host")
 needs_cpu = pytest.mark.skipif(extension is None, reason="the CPU extension is not built")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 7, 17, 33, 2049, 5003)  # around vectors, parts and blocks; none is even but for 0
@@ -33,14 +35,17 @@ AVAILABLE = {
 ON_GPU = {name for name in ("cuda", "triton") if name in AVAILABLE}
 if INTERPRETED:
     ON_GPU.discard("triton")
+if cuda_host.PATH:
+    AVAILABLE.add("cuda")
 # None of these looks at values on the host: a bad row is marked, not raised.
 UNCHECKED = AVAILABLE & {"cuda", "triton"}
 UNFILTERED = {"triton"}  # no top-k, top-p or min-p
 
 
 def fewer(backend: str, many: int, few: int) -> int:
-    """`many`, but `few` for the interpreter: it takes milliseconds per row."""
-    return few if backend == "triton" and INTERPRETED else many
+    """`many`, but `few` where a GPU is imitated: that takes milliseconds per row."""
+    imitated = (backend == "triton" and INTERPRETED) or (backend == "cuda" and cuda_host.PATH)
+    return few if imitated else many
 
 
 def place(x, backend: str):

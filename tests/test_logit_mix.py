@@ -16,6 +16,7 @@ from mix_fixtures import (
     logits,
     mixture,
     needs_cpu,
+    no_cuda_here,
     pair,
     place,
     same_after_fork,
@@ -380,7 +381,10 @@ TWO = [MEMORY, MEMORY]
         ((BASE, MEMORY, 0.5), {"memory_temperature": math.inf}, ValueError, "memory_temperature"),
         ((BASE, MEMORY, 0.5), {"scale": "logits"}, ValueError, "scale: expected one of"),
         ((BASE, MEMORY, 0.5), {"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
-        ((BASE, MEMORY, 0.5), {"backend": "cuda"}, BackendUnavailable, "cuda"),
+        pytest.param(
+            *((BASE, MEMORY, 0.5), {"backend": "cuda"}, BackendUnavailable, "cuda"),
+            marks=no_cuda_here,
+        ),
     ],
 )
 @pytest.mark.parametrize("where", ["reference", pytest.param("cpu", marks=needs_cpu)])

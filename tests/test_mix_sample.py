@@ -19,6 +19,7 @@ from mix_fixtures import (
     mix_sample,
     mixture,
     needs_cpu,
+    no_cuda_here,
     pair,
     place,
     same_after_fork,
@@ -307,7 +308,7 @@ SEEDS = torch.arange(3)
         ({"seeds": 0.5}, TypeError, "seeds: expected a torch.Tensor"),
         ({"offsets": SEEDS[:2]}, ValueError, r"offsets: expected shape \(3,\)"),
         ({"mix_weight": torch.tensor([0.0, 2.0, 0.0])}, ValueError, "mix_weight: row 1 has 2"),
-        ({"backend": "cuda"}, BackendUnavailable, "cuda"),
+        pytest.param({"backend": "cuda"}, BackendUnavailable, "cuda", marks=no_cuda_here),
     ],
 )
 @pytest.mark.parametrize("where", ["reference", pytest.param("cpu", marks=needs_cpu)])

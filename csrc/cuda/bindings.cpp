@@ -24,6 +24,10 @@ using Operator = void (*)(Arguments&);
 void sparse_kl(Arguments&);
 void scale_rows(Arguments&);
 void token_logprobs(Arguments&);
+void logit_mix(Arguments&);
+void mix_argmax(Arguments&);
+void mix_sample(Arguments&);
+void mix_logprobs(Arguments&);
 
 struct Entry {
   const char* name;
@@ -33,6 +37,10 @@ constexpr Entry kOperators[] = {
     {"sparse_kl", sparse_kl},
     {"scale_rows", scale_rows},
     {"token_logprobs", token_logprobs},
+    {"logit_mix", logit_mix},
+    {"mix_argmax", mix_argmax},
+    {"mix_sample", mix_sample},
+    {"mix_logprobs", mix_logprobs},
 };
 
 namespace {

@@ -73,6 +73,27 @@ def mixture_width(base_logits: Tensor, memory_logits: list[Tensor]) -> int:
     return max(base_logits.shape[1], *(memory.shape[1] for memory in memory_logits))
 
 
+SMALLEST_WEIGHT = 2.0**-126  # a positive weight stays one in fp32
+
+
+def live_models(
+    base_logits, memory_logits, row_weights, weights, memory_temperature, *, all_models, base_needed
+) -> list[tuple[Tensor, float, float]]:
+    """(logits, scale, weight) of the models a kernel has to look at. With row weights that is
+    decided row by row, so it is all of them, and the weight here means nothing."""
+    tensors = (base_logits, *memory_logits)
+    scales = (1.0, *(1.0 / memory_temperature for _ in memory_logits))
+    models = []
+    for k, (x, scale) in enumerate(zip(tensors, scales, strict=True)):
+        if row_weights is not None:
+            models.append((x, scale, 0.0))
+        elif weights[k] > 0.0:
+            models.append((x, scale, max(weights[k], SMALLEST_WEIGHT)))
+        elif all_models or (base_needed and k == 0):
+            models.append((x, scale, 0.0))
+    return models
+
+
 def raise_row_fault(fault, row_weights: Tensor | None) -> None:
     """Turn a native fault (what, row, value), or None, into a ValueError."""
     if fault is None:

@@ -14,12 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from ..checks import storage_covers
-from .arguments import WEIGHT_SLACK, mixture_width
+from .arguments import WEIGHT_SLACK, live_models, mixture_width
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MOST_MEMORIES = 15
 BLOCK = 1024  # logits per part: at V = 151936 one row makes 149 programs
-SMALLEST_WEIGHT = 2.0**-126  # a positive weight stays one in fp32
 PROGRAMS = 8192  # beyond this many, programs take several parts of a row
 LAUNCH = {"num_warps": 4, "enable_fp_fusion": True}
 
@@ -82,21 +81,26 @@ def plan(base, memories, row_weights, weights, memory_temperature, *, all_models
             f"memory_logits: the triton backend mixes at most {MOST_MEMORIES} memories, got "
             f"{len(memories)}; use backend='reference'"
         )
-    tensors = (base, *memories)
-    for k, logits in enumerate(tensors):
+    for k, logits in enumerate((base, *memories)):
         storage_covers("memory_logits" if k else "base_logits", logits)
-    scales = (1.0, *(1.0 / memory_temperature for _ in memories))
-    kept = range(len(tensors))
-    if row_weights is None:
-        kept = [k for k in kept if weights[k] > 0 or all_models or (base_needed and k == 0)]
-    models = Models(
-        tuple(tensors[k] for k in kept),
-        tuple(tensors[k].stride(0) for k in kept),
-        tuple(tensors[k].shape[1] for k in kept),
-        tuple(scales[k] for k in kept),
-        tuple(
-            max(weights[k], SMALLEST_WEIGHT) if weights and weights[k] > 0 else 0.0 for k in kept
+    xs, scales, model_weights = zip(
+        *live_models(
+            base,
+            memories,
+            row_weights,
+            weights,
+            memory_temperature,
+            all_models=all_models,
+            base_needed=base_needed,
         ),
+        strict=True,
+    )
+    models = Models(
+        xs,
+        tuple(x.stride(0) for x in xs),
+        tuple(x.shape[1] for x in xs),
+        scales,
+        model_weights,
         row_weights,
         *((0, 0) if row_weights is None else row_weights.stride()),
     )
@@ -104,7 +108,7 @@ def plan(base, memories, row_weights, weights, memory_temperature, *, all_models
     parts = triton.cdiv(width, BLOCK)
     share = max(1, min(parts, rows * parts // PROGRAMS))
     splits = triton.cdiv(parts, share)
-    partials = base.new_empty((2, rows, len(kept), parts), dtype=torch.float32)
+    partials = base.new_empty((2, rows, len(xs), parts), dtype=torch.float32)
     tickets = base.new_empty(rows, dtype=torch.int32)
     made = Plan(models, partials[0], partials[1], tickets, rows, width, parts, share, splits)
     if rows:

@@ -1,0 +1,66 @@
+// mix_argmax: the most probable token of the mixture, in one launch.
+#include "mix.cuh"
+
+namespace mdk {
+namespace {
+
+struct MixArgmax {
+  MixArgs mix;
+  int64_t* ids;  // (rows)
+};
+
+// Minus what four columns are compared by: their probability, but the logit itself where one model
+// is alone, which is exact.
+__device__ __forceinline__ void quad_keys(const MixArgs& a, const MixShared& s, int64_t row,
+                                          int64_t column, bool single, float* keys) {
+#pragma unroll
+  for (int i = 0; i < kQuad; ++i) keys[i] = 0.0f;
+  for (int k = 0; k < a.count; ++k) {
+    const MixTerm t = s.terms[k];
+    if (!t.live) continue;
+    float x[kQuad];
+    load_quad(a.models[k], row, column, x);
+    const float coefficient = exp2_fast(t.offset * kLog2E), slope = t.scale * kLog2E;
+#pragma unroll
+    for (int i = 0; i < kQuad; ++i)
+      keys[i] = single ? -x[i] : fmaf(-coefficient, exp2_fast((x[i] - t.max) * slope), keys[i]);
+  }
+}
+
+__global__ void __launch_bounds__(kMixThreads, 2)
+    mix_argmax_kernel(const __grid_constant__ MixArgmax a) {
+  MixShared& s = *reinterpret_cast<MixShared*>(shared_memory());
+  const int64_t step = block_count() / cluster_size();
+  cluster_sync();  // the others have started
+  for (int64_t row = block_index() / cluster_size(); row < a.mix.rows; row += step) {
+    const bool valid = mix_terms(a.mix, row, s, false, false);
+    int live = 0;
+    for (int k = 0; k < a.mix.count; ++k) live += s.terms[k].live;
+    Best<float> best = {INFINITY, -1};
+    const Columns mine = my_columns(a.mix.width);
+    for (int64_t c = mine.begin + kQuad * thread_index(); c < mine.end;
+         c += kQuad * thread_count()) {
+      float keys[kQuad];
+      quad_keys(a.mix, s, row, c, live == 1, keys);
+#pragma unroll
+      for (int i = 0; i < kQuad; ++i)
+        if (c + i < mine.end && keys[i] < best.key) best = {keys[i], static_cast<int>(c) + i};
+    }
+    best = cluster_best(best, s, 0);
+    if (cluster_rank() == 0 && thread_index() == 0) a.ids[row] = valid && best.id > 0 ? best.id : 0;
+    cluster_sync();  // the next row reuses the shared memory
+  }
+}
+
+}  // namespace
+
+void mix_argmax(Arguments& in) {
+  MixArgmax a;
+  a.mix = MixArgs::read(in);
+  a.ids = in.pointer<int64_t>();
+  const Grid grid = mix_grid(in, a.mix, sizeof(MixShared));
+  in.done();
+  if (a.mix.rows > 0) launch<mix_argmax_kernel>(grid, a);
+}
+
+}  // namespace mdk

@@ -1,0 +1,92 @@
+"""Launcher of csrc/cuda/logit_mix.cu, and what the launchers of mix_argmax and mix_sample share.
+Nothing here copies, converts or waits."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..checks import storage_covers
+from .arguments import live_models, mixture_width
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MOST_MEMORIES = 15  # kMostModels of csrc/cuda/mix.cuh, less the base
+
+# (threads of a block, blocks of a cluster) for rows of at least so many columns. Not by the number
+# of rows: how a row is summed up must not depend on the batch it is in.
+LAUNCH_TABLE = ((32768, (384, 8)), (8192, (384, 4)), (2048, (256, 2)), (0, (256, 1)))
+LAUNCH = None  # overrides the table
+
+
+def forward(
+    base_logits, memory_logits, row_weights, weights, memory_temperature, base_scale
+) -> Tensor:
+    shape = (base_logits.shape[0], mixture_width(base_logits, memory_logits))
+    out = base_logits.new_empty(shape, dtype=torch.float32)
+    native.load("_cuda").module.logit_mix(
+        *mixture(
+            base_logits,
+            memory_logits,
+            row_weights,
+            weights,
+            memory_temperature,
+            base_needed=base_scale,
+        ),
+        base_scale,
+        out.data_ptr(),
+        *launch_shape(base_logits, shape[1]),
+    )
+    return out
+
+
+def mixture(
+    base_logits,
+    memory_logits,
+    row_weights,
+    weights,
+    memory_temperature,
+    *,
+    all_models=False,
+    base_needed=False,
+) -> tuple:
+    """The leading arguments of every mixture kernel: device, stream, and the models to look at."""
+    if len(memory_logits) > MOST_MEMORIES:
+        raise ValueError(
+            f"memory_logits: the cuda backend mixes at most {MOST_MEMORIES} memories, got "
+            f"{len(memory_logits)}; use backend='reference'"
+        )
+    storage_covers("base_logits", base_logits)
+    for memory in memory_logits:
+        storage_covers("memory_logits", memory)
+    models = live_models(
+        base_logits,
+        memory_logits,
+        row_weights,
+        weights,
+        memory_temperature,
+        all_models=all_models,
+        base_needed=base_needed,
+    )
+    rows = (0, 0, 0) if row_weights is None else (row_weights.data_ptr(), *row_weights.stride())
+    flat = []
+    for x, scale, weight in models:
+        flat += [x.data_ptr(), x.stride(0), x.shape[1], native.DTYPE_CODE[x.dtype], scale, weight]
+    return (
+        *native.stream(base_logits),
+        base_logits.shape[0],
+        mixture_width(base_logits, memory_logits),
+        *rows,
+        len(models),
+        *flat,
+    )
+
+
+def launch_shape(tensor: Tensor, width: int) -> tuple[int, int]:
+    threads, cluster = LAUNCH or next(s for least, s in LAUNCH_TABLE if width >= least)
+    return threads, cluster if device(native.stream(tensor)[0])["capability"] >= 90 else 1
+
+
+@functools.cache
+def device(index: int) -> dict:
+    return native.load("_cuda").module.device(index)

@@ -1,0 +1,74 @@
+"""Launchers of the CUDA kernels csrc/cuda/mix_sample.cu."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from .. import native
+from ..logit_mix.arguments import mixture_width
+from ..logit_mix.cuda_kernels import DTYPES, device, launch_shape, mixture
+
+__all__ = ["DTYPES", "forward", "logprobs"]
+HEADER = 16 * 1024  # more than sizeof(Shared) of the kernel
+
+
+def forward(
+    base_logits,
+    memory_logits,
+    row_weights,
+    weights,
+    memory_temperature,
+    temperature,
+    top_k,
+    top_p,
+    min_p,
+    seeds,
+    offsets,
+) -> Tensor:
+    seeds, offsets = seeds.contiguous(), offsets.contiguous()
+    tokens = torch.empty_like(seeds)
+    width = mixture_width(base_logits, memory_logits)
+    threads, cluster = launch_shape(base_logits, width)
+    models = mixture(base_logits, memory_logits, row_weights, weights, memory_temperature)
+    # The scores of a row live in the shared memory of its blocks, if that holds them.
+    fits = HEADER + 4 * (width // cluster + 4) <= device(models[0])["shared_per_block"]
+    stride = (width + 3) // 4 * 4
+    scratch = None if fits else base_logits.new_empty((len(seeds), stride), dtype=torch.float32)
+    native.load("_cuda").module.mix_sample(
+        *models,
+        min(1.0 / temperature, 1e30),
+        top_k,
+        top_p,
+        math.log(min_p) if min_p > 0.0 else -math.inf,
+        seeds.data_ptr(),
+        offsets.data_ptr(),
+        tokens.data_ptr(),
+        native.address(scratch),
+        stride,
+        threads,
+        cluster,
+    )
+    return tokens
+
+
+def logprobs(
+    base_logits, memory_logits, row_weights, weights, memory_temperature, tokens
+) -> Tensor:
+    tokens = tokens.contiguous()
+    shape = (base_logits.shape[0], 2 + len(memory_logits))
+    out = base_logits.new_empty(shape, dtype=torch.float32)
+    native.load("_cuda").module.mix_logprobs(
+        *mixture(
+            base_logits,
+            memory_logits,
+            row_weights,
+            weights,
+            memory_temperature,
+            all_models=True,
+        ),
+        tokens.data_ptr(),
+        out.data_ptr(),
+        *launch_shape(base_logits, mixture_width(base_logits, memory_logits)),
+    )
+    return out
