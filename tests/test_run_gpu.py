@@ -1,4 +1,4 @@
-"""The runner of the GPU tests counts, and neither a crash nor a hang costs another file's result."""
+"""The runner of the GPU tests counts; no crash and no hang costs another file its result."""
 
 import subprocess
 import sys
