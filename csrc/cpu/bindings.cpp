@@ -1,30 +1,15 @@
 // The Python face of the CPU kernels. Pointers arrive as integers: Python has already checked
 // device, dtype, strides and storage size, and allocates every output.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
+#include "bind.h"
 #include "isa.h"
 #include "parallel.h"
 #include "sparse_kl_driver.h"
-
-namespace py = pybind11;
 
 void bind_mix(py::module_& m);  // mix_bind.cpp
 
 void bind_knn_targets(py::module_& m);  // knn_targets_bind.cpp
 
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
-// None, or (what, row, value) of the first fault.
-py::object report(const mdk::Fault& fault) {
-  if (fault.what == nullptr) return py::none();
-  return py::make_tuple(fault.what, fault.row, fault.value);
-}
 
 py::object sparse_kl(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t vocab, int dtype,
                      uintptr_t row_offsets, uintptr_t token_ids, uintptr_t probs, int probs_dtype,

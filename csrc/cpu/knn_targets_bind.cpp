@@ -1,18 +1,10 @@
 // The Python face of knn_targets. Pointers arrive as integers, as in bindings.cpp.
-#include <pybind11/pybind11.h>
-
 #include <memory>
 
+#include "bind.h"
 #include "knn_targets_driver.h"
 
-namespace py = pybind11;
-
 namespace {
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // KnnRows, or (what, row, value) of the first fault.
 py::object knn_targets(uintptr_t distances, int64_t distance_stride, uintptr_t neighbor_ids,

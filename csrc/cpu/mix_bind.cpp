@@ -1,12 +1,8 @@
 // logit_mix, mix_argmax and mix_sample for Python. Pointers arrive as integers; see bindings.cpp.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include <tuple>
 
+#include "bind.h"
 #include "mix_sample_driver.h"
-
-namespace py = pybind11;
 
 namespace {
 
@@ -14,11 +10,6 @@ namespace {
 using Inputs = std::vector<std::tuple<uintptr_t, int64_t, int64_t, int>>;
 // (pointer or 0, stride between rows, stride between memories) of per-row weights.
 using RowWeights = std::tuple<uintptr_t, int64_t, int64_t>;
-
-template <class T>
-T* pointer(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
 
 mdk::MixArgs mix_args(int64_t rows, const Inputs& inputs, std::vector<double> weights,
                       const RowWeights& row_weights, double memory_temperature) {
@@ -37,11 +28,6 @@ mdk::MixArgs mix_args(int64_t rows, const Inputs& inputs, std::vector<double> we
   args.weight_stride = std::get<1>(row_weights);
   args.weight_step = std::get<2>(row_weights);
   return args;
-}
-
-py::object report(const mdk::Fault& fault) {
-  if (fault.what == nullptr) return py::none();
-  return py::make_tuple(fault.what, fault.row, fault.value);
 }
 
 py::object logit_mix(int64_t rows, const Inputs& inputs, std::vector<double> weights,
