@@ -141,14 +141,18 @@ __device__ __forceinline__ void sum_chunk(const Row<T>& r, int c, MaxSum& acc) {
   const int rounds = (size + thread_count() - 1) / thread_count();
   const int per_group = (rounds + kGroups - 1) / kGroups;
   static_assert(kGroups == 4);
-  copy_async_wait<3>();
-  sum_group(r, size, 0, per_group, acc);
-  copy_async_wait<2>();
-  sum_group(r, size, per_group, 2 * per_group, acc);
-  copy_async_wait<1>();
-  sum_group(r, size, 2 * per_group, 3 * per_group, acc);
-  copy_async_wait<0>();
-  sum_group(r, size, 3 * per_group, 4 * per_group, acc);
+#pragma unroll 1
+  for (int g = 0; g < kGroups; ++g) {
+    if (g == 0)
+      copy_async_wait<3>();
+    else if (g == 1)
+      copy_async_wait<2>();
+    else if (g == 2)
+      copy_async_wait<1>();
+    else
+      copy_async_wait<0>();
+    sum_group(r, size, g * per_group, (g + 1) * per_group, acc);
+  }
 }
 
 struct Found {
@@ -326,7 +330,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
   r.seen = reinterpret_cast<unsigned*>(r.values + static_cast<int64_t>(a.chunk) * kPer);
   r.repeated = r.seen + bitmap_words<T>(a.chunk);
   const int64_t step = block_count() / cluster_size();
-  if (cluster_size() > 1) cluster_sync();  // the others have started
+  bool met = cluster_size() == 1;  // the blocks of the cluster have started
   for (int64_t row = block_index() / cluster_size(); row < a.rows; row += step) {
     const bool leader = cluster_rank() == 0 && thread_index() == 0;
     r.x = static_cast<const T*>(a.logits) + row * a.row_stride;
@@ -357,16 +361,17 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
     // Beyond 1e8 (a row of the lowest finite logits) lse = max + log(sum) has lost the second term.
     const bool known = a.lse_known && fabs(a.lse[row]) < 1e8;
     MaxSum acc;
-    for (int c = 0; c < last && !known; ++c) {
+    Found found;
+    for (int c = known ? last : 0; c <= last; ++c) {
       load_chunk(r, c);
-      sum_chunk(r, c, acc);
+      if (c == last) {
+        if (!met) cluster_sync();
+        met = true;
+        found = mark_targets(r, c);
+      }
+      if (!known) sum_chunk(r, c, acc);
     }
-    load_chunk(r, last);
-    Found found = mark_targets(r, last);
-    if (known)
-      copy_async_wait<0>();
-    else
-      sum_chunk(r, last, acc);
+    copy_async_wait<0>();
     found.bad |= bad;
     const RowSum sum = exchange(r, acc, &found);
 

@@ -60,9 +60,12 @@ T shuffle_up(T value, int delta) {
   return shuffle(value, lane < 0 ? lane_index() : lane);
 }
 inline unsigned ballot(bool set) {
+  auto* slots = shim::self->warp->slots;
+  slots[lane_index()] = set;
+  warp_sync();
   unsigned word = 0;
-  const unsigned mine = set ? 1u << lane_index() : 0u;
-  for (int lane = 0; lane < kWarp; ++lane) word |= shuffle(mine, lane);
+  for (int lane = 0; lane < kWarp; ++lane) word |= static_cast<unsigned>(slots[lane]) << lane;
+  warp_sync();
   return word;
 }
 inline int count_bits(unsigned word) { return __builtin_popcount(word); }

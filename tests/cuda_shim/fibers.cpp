@@ -37,7 +37,6 @@ void* scheduler_tsan;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
 const std::function<void()>* current_kernel;
-bool progress;
 char start_order, end_order;
 std::vector<std::unique_ptr<Fiber>> pool;
 
@@ -145,15 +144,13 @@ void prepare(Fiber* f, Block* block, int thread) {
 void run_cluster(const std::vector<Fiber*>& fibers, bool backwards) {
   release(&start_order);
   for (size_t left = fibers.size(); left > 0;) {
-    progress = false;
+    bool progress = false;
     for (size_t i = 0; i < fibers.size(); ++i) {
       Fiber* f = fibers[backwards ? fibers.size() - 1 - i : i];
-      if (f->finished) continue;
+      if (f->finished || (f->waits_at && f->waits_at->generation == f->generation)) continue;
+      progress = true;
       to_fiber(f);
-      if (f->finished) {
-        --left;
-        progress = true;
-      }
+      if (f->finished) --left;
     }
     if (!progress && left > 0) stuck(fibers);
   }
@@ -167,14 +164,15 @@ void wait(Barrier& barrier) {
   const unsigned generation = barrier.generation;
   char* order = &barrier.order[generation % 2];
   release(order);
-  mine->waits_at = &barrier;
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     ++barrier.generation;
-    progress = true;
+  } else {
+    mine->waits_at = &barrier;
+    mine->generation = generation;
+    to_scheduler(mine);
+    mine->waits_at = nullptr;
   }
-  while (barrier.generation == generation) to_scheduler(mine);
-  mine->waits_at = nullptr;
   acquire(order);
 }
 

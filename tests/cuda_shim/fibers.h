@@ -58,7 +58,8 @@ struct Fiber {
   std::vector<Copy> copies;
   int groups;
   bool finished;
-  const Barrier* waits_at;
+  const Barrier* waits_at;  // until its generation is no longer this one
+  unsigned generation;
   ucontext_t context;
   char* stack;
   void* asan_stack;
