@@ -16,8 +16,15 @@ pytestmark = pytest.mark.skipif(
     not cuda_host.PATH, reason="needs the kernels compiled for the host: make test-cuda-host"
 )
 
-# (threads, blocks of a cluster): one block, shares, more blocks than the row has columns for.
-LAUNCHES = [(64, 1), (64, 2), (96, 3), (64, 8), (384, 1)]
+# (threads, blocks of a cluster), the order in which they run, where the scores of a row live: one
+# block, shares, more blocks than the row has columns for.
+LAUNCHES = [
+    ((64, 1), "forwards", "shared"),
+    ((64, 2), "backwards", "shared"),
+    ((96, 3), "forwards", "scratch"),
+    ((64, 8), "backwards", "shared"),
+    ((384, 1), "forwards", "scratch"),
+]
 FILTERS = [
     {},
     {"temperature": 0.4},
@@ -27,20 +34,12 @@ FILTERS = [
 ]
 
 
-@pytest.fixture(params=["forwards", "backwards"])
-def order(request, monkeypatch):
-    monkeypatch.setenv("MDK_SHIM_ORDER", request.param)
-
-
 @pytest.fixture(params=LAUNCHES, ids=str)
 def launch(request, monkeypatch):
-    monkeypatch.setattr(kernels, "LAUNCH", request.param)
-
-
-@pytest.fixture(params=["shared", "scratch"])
-def scores(request, monkeypatch):
-    """Where the scores of a row live."""
-    if request.param == "scratch":
+    shape, order, scores = request.param
+    monkeypatch.setattr(kernels, "LAUNCH", shape)
+    monkeypatch.setenv("MDK_SHIM_ORDER", order)
+    if scores == "scratch":
         monkeypatch.setattr(sample_kernels, "HEADER", 1 << 30)
 
 
@@ -50,7 +49,7 @@ def models(width, seed=0):
 
 
 @pytest.mark.parametrize("width", [1, 5, 301, 1030])
-def test_mix_and_argmax(launch, order, width):
+def test_mix_and_argmax(launch, width):
     base, memories = models(width)
     weights = torch.tensor([[0.3, 0.2], [0.0, 1.0], [0.6, 0.0]])
     p = mixture(base, memories, weights.numpy(), 1.2)
@@ -64,7 +63,7 @@ def test_mix_and_argmax(launch, order, width):
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("width", [1, 301])
-def test_draws(launch, order, scores, width, filters):
+def test_draws(launch, width, filters):
     base, memories = models(width)
     seeds = torch.randint(-(2**62), 2**62, (3,), generator=generator(width))
     p = mixture(base, memories, [0.3, 0.2])
@@ -77,16 +76,16 @@ def test_draws(launch, order, scores, width, filters):
 @pytest.mark.parametrize("filters", [{"top_p": 0.31}, {"top_k": 40, "top_p": 0.6}, {"top_k": 3}])
 def test_ties_across_blocks(launch, filters):
     """Every token of the highest score has the same probability: the id decides who stays."""
-    base = torch.zeros(40, 203)
+    base = torch.zeros(12, 203)
     base[:, ::2] = 4.0
-    seeds = torch.arange(40)
-    want, clear = draw(mixture(base, base, 0.5), seeds.numpy(), np.zeros(40), **filters)
+    seeds = torch.arange(12)
+    want, clear = draw(mixture(base, base, 0.5), seeds.numpy(), np.zeros(12), **filters)
     got = mix_sample(base, base, 0.5, seeds=seeds, backend="cuda", **filters)
-    assert clear.double().mean() > 0.9
+    assert clear.double().mean() > 0.8
     assert torch.equal(got[clear], want[clear])
 
 
-def test_logprobs_and_bad_rows(launch, order):
+def test_logprobs_and_bad_rows(launch):
     base, memory = pair(4, 301)
     base[1, 300] = torch.nan
     memory[2] = -torch.inf
