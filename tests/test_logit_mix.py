@@ -53,6 +53,9 @@ def check(base, memory, weight, temperature, backend, margin=1.0):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.interpreted(
+    backend="triton", dtype=[torch.float32, torch.float16], width=[1, 17, 2049]
+)
 def test_matches_float64(backend, dtype, width):
     for rows in (1, 2, fewer(backend, 9, 3)):
         base, memory = pair(rows, width, dtype, seed=rows)
@@ -70,6 +73,7 @@ def test_real_width_on_both_thread_layouts(backend, dtype):
 
 @pytest.mark.parametrize("memory_dtype", DTYPES)
 @pytest.mark.parametrize("base_dtype", DTYPES)
+@pytest.mark.interpreted(backend="triton")
 def test_dtypes_may_differ(backend, base_dtype, memory_dtype):
     base, memory = logits(3, 777, base_dtype, 1), logits(3, 777, memory_dtype, 2)
     check(base, memory, 0.25, 1.0, backend)
@@ -105,6 +109,7 @@ def test_dtypes_may_differ(backend, base_dtype, memory_dtype):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.interpreted(backend="triton", dtype=torch.float32)
 def test_hard_rows(backend, dtype, spoil):
     base, memory = pair(3, fewer(backend, 5003, 2505))
     base, other = spoil(base).to(dtype), memory.to(dtype)
@@ -113,6 +118,7 @@ def test_hard_rows(backend, dtype, spoil):
     check(base, base.flip(0), 0.4, 1.2, backend)
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_common_mask_stays_minus_infinity(backend):
     base, memory = pair(2, 600)
     base[:, 10:50] = memory[:, 30:80] = -math.inf
@@ -122,6 +128,7 @@ def test_common_mask_stays_minus_infinity(backend):
     assert got[:, 50:].isfinite().all()
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_bad_rows_are_nan_and_only_those(backend):
     base, memory = pair(6, 3000)
     base[1, 2999] = math.nan
@@ -133,6 +140,7 @@ def test_bad_rows_are_nan_and_only_those(backend):
     assert got.isnan().all(1).tolist() == [False, True, True, True, True, False]
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_bad_row_weights(backend):
     """Raised where the values can be looked at for free, else the row is NaN."""
     base, memory = pair(7, 1100)
@@ -150,6 +158,7 @@ def test_bad_row_weights(backend):
     assert not got[1].isnan().any()
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_weights_zero_and_one_drop_a_model(backend):
     base, memory = pair(2, 3001)
     nothing = torch.full_like(base, math.nan)
@@ -162,6 +171,7 @@ def test_weights_zero_and_one_drop_a_model(backend):
     assert worst(rows[1], log(softmax(memory))[1]) <= 3e-6
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_row_weights_of_zero_and_one_ignore_nan(backend):
     base, memory = pair(3, 900)
     base[1] = memory[0] = math.nan
@@ -180,6 +190,7 @@ def test_weights_per_row(backend):
         assert torch.equal(logit_mix(base, memory, form, backend=backend), half)
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_several_memories(backend):
     base, first = pair(4, 2500, seed=1)
     others = [first, logits(4, 2500, torch.bfloat16, 5), logits(4, 2500, torch.float16, 6)]
@@ -194,6 +205,7 @@ def test_several_memories(backend):
     assert worst(got, log(mixture(base, others, per_row))) <= 5e-6
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_weights_that_add_up_to_one_leave_the_base_nothing(backend):
     base = torch.full((2, 40), math.nan)
     memories = [logits(2, 40, seed=s) for s in range(3)]
@@ -204,6 +216,7 @@ def test_weights_that_add_up_to_one_leave_the_base_nothing(backend):
 @pytest.mark.parametrize(
     ("width", "memory_width"), [(1000, 1037), (1037, 1000), (2048, 5000), (3, 1)]
 )
+@pytest.mark.interpreted(backend="triton")
 def test_widths_may_differ(backend, width, memory_width):
     base, memory = pair(3, width, memory_width=memory_width)
     got = logit_mix(base, memory, 0.3, backend=backend)
@@ -225,6 +238,7 @@ def test_memories_of_three_widths(backend):
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])
+@pytest.mark.interpreted(backend="triton")
 def test_base_scale(backend, weight):
     base, memory = pair(3, 2100)
     base += torch.tensor([[0.0], [50.0], [-300.0]])
@@ -236,6 +250,7 @@ def test_base_scale(backend, weight):
         assert worst(got, base.double()) <= 5e-5
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_strided_rows(backend):
     base, memory = pair(6, 1100)
     want = logit_mix(base[::2, 5:999], memory[::2, 7:1001], 0.3, backend="reference")
@@ -254,6 +269,7 @@ def test_streaming_stores_at_every_alignment(backend):
         assert worst(got, log(mixture(base, memory, 0.3))) <= 5e-6
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_no_rows(backend):
     for weight in (0.5, torch.zeros(0)):
         got = logit_mix(torch.zeros(0, 9), torch.zeros(0, 7), weight, backend=backend)
@@ -322,6 +338,7 @@ def test_cpu_refuses_a_gradient():
         logit_mix(base, memory, 0.3, backend="cpu")
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_opcheck(backend):
     base, memory = pair(2, 33)
     for row_weights, weights in ((None, [0.7, 0.3]), (torch.full((2, 1), 0.3), [])):

@@ -45,6 +45,7 @@ def check(base, memory, weight, backend, temperature=1.0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.interpreted(backend="triton", dtype=torch.float16, width=[1, 17, 2049])
 def test_matches_float64(backend, dtype, width):
     for rows in (1, 2, fewer(backend, 40, 4)):
         base, memory = pair(rows, width, dtype, seed=rows)
@@ -52,6 +53,7 @@ def test_matches_float64(backend, dtype, width):
 
 
 @pytest.mark.parametrize("spread", [0.01, 1.0, 10.0])
+@pytest.mark.interpreted(backend="triton", spread=0.01)
 def test_flat_and_peaked_rows(backend, spread):
     rows = fewer(backend, 30, 3)
     base, memory = (logits(rows, 5003, seed=s, spread=spread) for s in (1, 2))
@@ -61,6 +63,7 @@ def test_flat_and_peaked_rows(backend, spread):
         check(base.bfloat16(), memory.bfloat16(), weight, backend)
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_winner_that_neither_model_prefers(backend):
     """The bound of a part is loose exactly here: the tops of the models are elsewhere."""
     base, memory = torch.zeros(4, 5003), torch.zeros(4, 5003)
@@ -73,6 +76,7 @@ def test_winner_that_neither_model_prefers(backend):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.interpreted(backend="triton", dtype=torch.float32)
 def test_ties_go_to_the_smallest_id(backend, dtype):
     draw = generator(0)
     rows = fewer(backend, 50, 5)
@@ -99,6 +103,7 @@ def test_shifts_masks_and_large_values(backend):
     check(base + torch.linspace(-300, 300, 5003), memory, 0.4, backend)
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_one_model_alone(backend):
     base, memory = pair(5, 3001)
     bad = torch.full_like(base, math.nan)
@@ -106,6 +111,7 @@ def test_one_model_alone(backend):
     assert torch.equal(mix_argmax(bad, memory, 1.0, backend=backend), memory.argmax(1))
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_nan_rows_give_zero_as_torch_does(backend):
     base, memory = pair(4, 3000)
     base[1, 2999], memory[2, 5], memory[3] = math.nan, math.inf, -math.inf
@@ -115,6 +121,7 @@ def test_nan_rows_give_zero_as_torch_does(backend):
         assert mix_argmax(base[row : row + 1], memory[row : row + 1], 0.5, backend=backend) == 0
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_several_memories_row_weights_and_widths(backend):
     base, memories = logits(5, 700), [logits(5, 1500, seed=1), logits(5, 300, torch.bfloat16, 2)]
     check(base, memories, [0.2, 0.3], backend)
@@ -128,6 +135,7 @@ def test_several_memories_row_weights_and_widths(backend):
     assert mix_argmax(base, memories, [0.8, 0.1], backend=backend).tolist() == [1400] * 5
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_strided_rows_and_no_rows(backend):
     base, memory = pair(6, 1100)
     check(base[::2, 5:999], memory[::2, 7:1001], 0.3, backend)

@@ -73,6 +73,7 @@ def check(base, memory, weight, backend, memory_temperature=1.0, seed=0, **filte
 
 
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+@pytest.mark.interpreted(backend="triton")
 def test_draws_the_token_of_the_specification(backend, filters):
     base, memory = pair(fewer(backend, 1500, 60), 157, seed=3)
     assert check(base, memory, 0.4, backend, 1.2, **filters) > 0.98
@@ -80,6 +81,7 @@ def test_draws_the_token_of_the_specification(backend, filters):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.interpreted(backend="triton", dtype=torch.float32, width=[1, 17, 2049])
 def test_widths_and_dtypes(backend, dtype, width):
     base, memory = pair(fewer(backend, 20, 3), width, dtype)
     for filters in ({}, FILTERS["all"], {"top_p": 0.5}, {"min_p": 0.01, "temperature": 0.7}):
@@ -87,6 +89,7 @@ def test_widths_and_dtypes(backend, dtype, width):
 
 
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
+@pytest.mark.interpreted(backend="triton", filters=FILTERS["plain"])
 def test_real_width(backend, filters):
     base, memory = pair(fewer(backend, 3, 1), 50257, torch.bfloat16)
     with threads(2):
@@ -104,16 +107,17 @@ def test_flat_and_peaked_rows(backend, spread):
 
 
 def test_ties_are_ranked_by_id(backend):
-    base = torch.randint(0, 3, (200, 331), generator=generator(0)).float()
+    base = torch.randint(0, 3, (fewer(backend, 200, 20), 331), generator=generator(0)).float()
     for filters in ({"top_p": 0.4}, {"top_k": 20}, {"top_k": 200, "top_p": 0.7}):
-        assert check(base, base.clone(), 0.5, backend, **filters) > 0.95
+        assert check(base, base.clone(), 0.5, backend, **filters) > 0.9
     if backend in UNFILTERED:
         return
-    flat = torch.zeros(300, 100)
+    flat = torch.zeros(fewer(backend, 300, 100), 100)
     drawn = mix_sample(flat, flat, 0.5, seeds=1, top_p=0.0951, backend=backend)
     assert set(drawn.tolist()) == set(range(10))
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_masks_shifts_row_weights_and_memories(backend):
     rows = fewer(backend, 60, 8)
     base, memory = pair(rows, 900)
@@ -130,6 +134,7 @@ def test_masks_shifts_row_weights_and_memories(backend):
     check(base[::2, 3:501], memory[::2, :700], 0.3, backend)
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_masked_tokens_are_never_drawn(backend):
     base, memory = pair(1, 64)
     hidden = torch.arange(64) % 3 > 0
@@ -140,6 +145,7 @@ def test_masked_tokens_are_never_drawn(backend):
     assert (mix_sample(*many, 0.5, seeds=3, backend=backend) % 3 == 0).all()
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_greedy(backend):
     base, memory = pair(fewer(backend, 30, 5), 1001)
     want = mix_argmax(base, memory, 0.3, backend=backend)
@@ -153,6 +159,7 @@ def test_greedy(backend):
     assert torch.equal(mix_sample(base, memory, 0.3, seeds=1, min_p=1.0, backend=backend), want)
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_token_depends_on_its_own_row_only(backend):
     rows = fewer(backend, 40, 8)
     base, memory = pair(rows, 700)
@@ -199,6 +206,7 @@ def test_after_fork():
         )
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_logprobs_are_those_before_the_filters(backend):
     base, memory = pair(6, 900, memory_width=800)
     seeds = torch.arange(6)
@@ -219,6 +227,7 @@ def test_logprobs_are_those_before_the_filters(backend):
         assert worst(got.memory_logprobs, padded.gather(1, gold)[:, 0]) <= 5e-6
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_logprobs_of_a_list_and_of_a_dropped_model(backend):
     base, memories = logits(3, 90), [logits(3, 90, seed=1), logits(3, 80, seed=2)]
     got = mix_sample(base, memories, [0.4, 0.0], seeds=5, return_logprobs=True, backend=backend)
@@ -235,12 +244,14 @@ def test_logprobs_of_a_list_and_of_a_dropped_model(backend):
     assert (got.base_logprobs == -math.inf).all()
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_no_rows(backend):
     nothing = torch.zeros(0, 9)
     got = mix_sample(nothing, nothing, 0.5, seeds=0, return_logprobs=True, backend=backend)
     assert [x.shape for x in got] == [(0,)] * 4
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_rows_without_a_distribution(backend):
     base, memory = pair(5, 3000)
     base[3, 17] = math.nan
@@ -266,6 +277,7 @@ def test_inputs_that_require_grad(backend):
     assert not any(x.requires_grad for x in got)
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_opcheck_and_compile(backend):
     base, memory = pair(2, 33)
     seeds, offsets = torch.arange(2), torch.zeros(2, dtype=torch.int64)

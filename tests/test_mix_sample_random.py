@@ -129,6 +129,7 @@ def test_seeds_from_one_number():
     assert ((bits.double().mean((0, 1)) - 0.5).abs() < 5 * 0.5 / math.sqrt(table.numel())).all()
 
 
+@pytest.mark.interpreted(backend="triton")
 def test_rare_tokens_are_resolved_to_the_last_bit(backend):
     """Streams whose token 1 has an exponential around 1e-6 or less, beside a token 0 that it beats
     or not by 1e-4: 32 random bits alone could not tell."""
@@ -166,7 +167,7 @@ def test_filters_keep_what_hugging_face_keeps(backend, temperature, top_k, top_p
     """Every kept token that is not too rare turns up, and no other one does."""
     if backend in UNFILTERED:
         return
-    rows, draws = 6, 1500
+    rows, draws = 6, fewer(backend, 1500, 100)
     base, memory = pair(rows, 40, seed=top_k)
     kept = huggingface_kept(
         logit_mix(base, memory, 0.4, backend="reference"), temperature, top_k, top_p, min_p
@@ -187,7 +188,8 @@ def test_filters_keep_what_hugging_face_keeps(backend, temperature, top_k, top_p
     for row in range(rows):
         seen = torch.bincount(drawn[row], minlength=40) > 0
         assert not (seen & ~kept[row]).any()
-        assert seen[q[row] > 0.02].all()  # missed with probability 1e-13 each
+        common = 30 / draws  # missed with probability 1e-13 each
+        assert seen[q[row] > common].all()
 
 
 def test_a_memory_of_weight_one_is_sampled_alone(backend):

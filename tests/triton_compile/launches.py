@@ -8,6 +8,9 @@ key in baseline.json.
 
 import torch
 
+from mdkernels.ops.logit_mix import triton_kernels as logit_mix_kernels
+from mdkernels.ops.mix_argmax import triton_kernels as mix_argmax_kernels
+from mdkernels.ops.mix_sample import triton_kernels as mix_sample_kernels
 from mdkernels.ops.sparse_kl import triton_kernels as sparse_kl_kernels
 from mdkernels.ops.token_logprobs import triton_kernels as token_logprobs_kernels
 
@@ -62,4 +65,44 @@ def token_logprobs(arch):
     yield "bfloat16 50257", call
 
 
-LAUNCHES = {"sparse_kl": sparse_kl, "token_logprobs": token_logprobs}
+def _mixtures(arch, call):
+    """Two models of the two vocabularies that matter; three models of any dtype and row weights."""
+    seeds = torch.arange(2)
+
+    def case(width, memories, row_weights, weights):
+        base = torch.zeros(2, width, dtype=torch.bfloat16)
+        memories = [torch.zeros(2, width, dtype=dtype) for dtype in memories]
+        return lambda: call((base, memories, row_weights, weights, 1.2), seeds)
+
+    pair = ([torch.bfloat16], None, [0.7, 0.3])
+    yield "bfloat16 151936", case(151936, *pair)
+    if arch != 90:
+        return
+    yield "bfloat16 50257", case(50257, *pair)
+    yield "bfloat16 700", case(700, *pair)
+    yield "row weights", case(50257, [torch.float32, torch.float16], torch.zeros(2, 2), [])
+
+
+def logit_mix(arch):
+    return _mixtures(arch, lambda mix, seeds: logit_mix_kernels.forward(*mix, True))
+
+
+def mix_argmax(arch):
+    return _mixtures(arch, lambda mix, seeds: mix_argmax_kernels.forward(*mix))
+
+
+def mix_sample(arch):
+    def call(mix, seeds):
+        mix_sample_kernels.forward(*mix, 0.7, 0, 1.0, 0.0, seeds, seeds)
+        mix_sample_kernels.logprobs(*mix, seeds)
+
+    return _mixtures(arch, call)
+
+
+LAUNCHES = {
+    "sparse_kl": sparse_kl,
+    "token_logprobs": token_logprobs,
+    "logit_mix": logit_mix,
+    "mix_argmax": mix_argmax,
+    "mix_sample": mix_sample,
+}

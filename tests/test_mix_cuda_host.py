@@ -1,0 +1,138 @@
+"""The mixture kernels in CUDA on the host: every shape of launch a device can get, which the
+operator tests, with the widths' own shapes, meet only in part. See cuda_host.sh."""
+
+import cuda_host
+import numpy as np
+import pytest
+import torch
+from mix_fixtures import generator, log, logits, mixture, pair, worst
+from mix_sample_oracle import draw
+
+from mdkernels import logit_mix, mix_argmax, mix_sample
+from mdkernels.ops.logit_mix import cuda_kernels as kernels
+from mdkernels.ops.mix_sample import cuda_kernels as sample_kernels
+
+pytestmark = pytest.mark.skipif(
+    not cuda_host.PATH, reason="needs the kernels compiled for the host: make test-cuda-host"
+)
+
+# (threads, blocks of a cluster), the order in which they run, where the scores of a row live: one
+# block, shares, more blocks than the row has columns for.
+LAUNCHES = [
+    ((64, 1), "forwards", "shared"),
+    ((64, 2), "backwards", "shared"),
+    ((96, 3), "forwards", "scratch"),
+    ((64, 8), "backwards", "shared"),
+    ((384, 1), "forwards", "scratch"),
+]
+FILTERS = [
+    {},
+    {"temperature": 0.4},
+    {"top_k": 7},
+    {"top_p": 0.7},
+    {"temperature": 1.5, "top_k": 60, "top_p": 0.9, "min_p": 0.01},
+]
+
+
+@pytest.fixture(params=LAUNCHES, ids=str)
+def launch(request, monkeypatch):
+    shape, order, scores = request.param
+    monkeypatch.setattr(kernels, "LAUNCH", shape)
+    monkeypatch.setenv("MDK_SHIM_ORDER", order)
+    if scores == "scratch":
+        monkeypatch.setattr(sample_kernels, "HEADER", 1 << 30)
+
+
+def models(width, seed=0):
+    base, memory = pair(3, width, torch.bfloat16, seed, memory_width=width + 9)
+    return base, [memory, logits(3, max(width - 3, 1), torch.float16, seed + 5)]
+
+
+@pytest.mark.parametrize("width", [1, 5, 301, 1030])
+def test_mix_and_argmax(launch, width):
+    base, memories = models(width)
+    weights = torch.tensor([[0.3, 0.2], [0.0, 1.0], [0.6, 0.0]])
+    p = mixture(base, memories, weights.numpy(), 1.2)
+    options = {"memory_temperature": 1.2, "backend": "cuda"}
+    for scale, shift in (("logprob", 0.0), ("base", base.double().logsumexp(1)[:, None])):
+        got = logit_mix(base, memories, weights, scale=scale, **options)
+        assert worst(got, log(p) + shift) <= 5e-6
+    got = mix_argmax(base, memories, weights, **options).numpy()
+    assert (p[np.arange(3), got] >= p.max(1) * (1 - 2e-6)).all()
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("width", [1, 301])
+def test_draws(launch, width, filters):
+    base, memories = models(width)
+    seeds = torch.randint(-(2**62), 2**62, (3,), generator=generator(width))
+    p = mixture(base, memories, [0.3, 0.2])
+    want, clear = draw(p, seeds.numpy(), np.zeros(3), **filters)
+    got = mix_sample(base, memories, [0.3, 0.2], seeds=seeds, backend="cuda", **filters)
+    assert torch.equal(got[clear], want[clear])
+    assert clear.any()
+
+
+@pytest.mark.parametrize("filters", [{"top_p": 0.31}, {"top_k": 40, "top_p": 0.6}, {"top_k": 3}])
+def test_ties_across_blocks(launch, filters):
+    """Every token of the highest score has the same probability: the id decides who stays."""
+    base = torch.zeros(12, 203)
+    base[:, ::2] = 4.0
+    seeds = torch.arange(12)
+    want, clear = draw(mixture(base, base, 0.5), seeds.numpy(), np.zeros(12), **filters)
+    got = mix_sample(base, base, 0.5, seeds=seeds, backend="cuda", **filters)
+    assert clear.double().mean() > 0.8
+    assert torch.equal(got[clear], want[clear])
+
+
+def test_logprobs_and_bad_rows(launch):
+    base, memory = pair(4, 301)
+    base[1, 300] = torch.nan
+    memory[2] = -torch.inf
+    tokens = torch.tensor([7, 8, 9, 301])
+    out = sample_kernels.logprobs(base, [memory], None, [0.6, 0.4], 1.0, tokens)
+    assert out.isnan().tolist() == [
+        [False, False, False],
+        [True, True, False],
+        [True, False, True],
+        [True, True, True],
+    ]
+    want = log(mixture(base[:1], memory[:1], 0.4))[0, 7]
+    assert abs(float(out[0, 0]) - float(want)) <= 5e-6
+    drawn = mix_sample(base, memory, 0.4, seeds=1, backend="cuda")
+    assert drawn[1:3].tolist() == [-1, -1]
+    assert (drawn[[0, 3]] >= 0).all()
+
+
+def test_an_a100_keeps_the_scores_in_global_memory(monkeypatch):
+    monkeypatch.setenv("MDK_SHIM_DEVICE", "80,4,166912")
+    kernels.device.cache_clear()
+    base, memory = pair(1, 50257, torch.bfloat16)
+    for filters in ({}, {"top_p": 0.9}):
+        want, clear = draw(mixture(base, memory, 0.3), [5], [0], **filters)
+        got = mix_sample(base, memory, 0.3, seeds=torch.tensor([5]), backend="cuda", **filters)
+        assert clear.all()
+        assert torch.equal(got, want)
+    kernels.device.cache_clear()
+
+
+def test_rows_beyond_32_bits():
+    """The second row starts 2^31 + 7 elements after the first; untouched memory costs nothing."""
+    base, memory = pair(2, 301, torch.bfloat16)
+    far = torch.empty(2**31 + 400, dtype=torch.bfloat16).as_strided((2, 301), (2**31 + 7, 1))
+    far.copy_(base)
+    assert (
+        worst(logit_mix(far, memory, 0.3, backend="cuda"), log(mixture(base, memory, 0.3))) < 5e-6
+    )
+
+
+def test_results_depend_on_no_neighbour():
+    base, memory = pair(5, 2600, torch.bfloat16)
+    options = {"top_p": 0.9, "backend": "cuda"}
+    want = mix_sample(base, memory, 0.3, seeds=torch.arange(5), **options)
+    mixed = logit_mix(base, memory, 0.3, backend="cuda")
+    for row in (0, 3):
+        one = slice(row, row + 1)
+        alone = mix_sample(base[one], memory[one], 0.3, seeds=torch.tensor([row]), **options)
+        assert torch.equal(alone, want[one])
+        assert torch.equal(logit_mix(base[one], memory[one], 0.3, backend="cuda"), mixed[one])
