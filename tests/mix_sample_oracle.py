@@ -49,8 +49,8 @@ def words(seeds, offsets, stream, width):
     return np.stack(parts, 2).reshape(len(seeds), -1)[:, :width]
 
 
-def exponentials(seeds, offsets, width):
-    high, low = (words(seeds, offsets, stream, width).astype(float) for stream in (0, 1))
+def exponentials(seeds, offsets, width, stream=0):
+    high, low = (words(seeds, offsets, s, width).astype(float) for s in (stream, stream + 1))
     return -np.log1p(-(high + (low + 0.5) / 2**32) / 2**32)
 
 

@@ -27,7 +27,7 @@ from mix_fixtures import (
     threads,
     worst,
 )
-from mix_sample_oracle import draw
+from mix_sample_oracle import draw, exponentials
 
 import mdkernels
 from mdkernels import BackendUnavailable, MixSampleOutput
@@ -245,6 +245,38 @@ def test_logprobs_of_a_list_and_of_a_dropped_model(backend):
 
 
 @pytest.mark.interpreted(backend="triton")
+def test_component(backend):
+    """A model is drawn, then a token of that model alone: what the other ones hold is not seen."""
+    rows = fewer(backend, 300, 12)
+    base, memories = logits(rows, 90), [logits(rows, 90, seed=1), logits(rows, 70, seed=2)]
+    models, seeds, offsets = [base, *memories], torch.arange(rows) * 977, torch.arange(rows)
+    table = torch.tensor([[0.3, 0.2], [0.0, 1.0], [0.5, 0.0]])[torch.arange(rows) % 3]
+    for weights in ([0.25, 0.45], table):
+        each = torch.as_tensor(weights).expand(rows, 2).numpy().astype(float)
+        shares = np.concatenate([1 - each.sum(1, keepdims=True), each], 1)
+        shares[shares < 1e-6] = 0
+        with np.errstate(divide="ignore"):
+            clocks = exponentials(seeds.numpy(), offsets.numpy(), 3, stream=2) / shares
+        chosen = clocks.argmin(1)
+        p = np.zeros((rows, 90))
+        for row, k in enumerate(chosen):
+            q = softmax(models[k][row : row + 1])[0]
+            p[row, : len(q)] = q
+        want, clear = draw(p, seeds.numpy(), offsets.numpy())
+        hidden = [
+            m.masked_fill(torch.from_numpy(chosen != k)[:, None], math.nan)
+            for k, m in enumerate(models)
+        ]
+        options = {"seeds": seeds, "offsets": offsets, "mode": "component", "backend": backend}
+        got = mix_sample(hidden[0], hidden[1:], weights, **options)
+        assert torch.equal(got[clear], want[clear])
+        assert len(set(chosen)) == 3
+    full = mix_sample(base, memories, [0.25, 0.45], return_logprobs=True, **options)
+    gold = log(mixture(base, memories, [0.25, 0.45])).gather(1, full.tokens[:, None])[:, 0]
+    assert worst(full.logprobs, gold) <= 5e-6
+
+
+@pytest.mark.interpreted(backend="triton")
 def test_no_rows(backend):
     nothing = torch.zeros(0, 9)
     got = mix_sample(nothing, nothing, 0.5, seeds=0, return_logprobs=True, backend=backend)
@@ -315,6 +347,9 @@ SEEDS = torch.arange(3)
         ({"top_k": 2.0}, ValueError, "top_k: expected an int"),
         ({"top_p": 1.5}, ValueError, r"top_p: expected a number in \[0, 1\]"),
         ({"min_p": -0.5}, ValueError, "min_p: expected a number"),
+        ({"mode": "both"}, ValueError, "mode: expected one of"),
+        ({"mode": "component", "top_k": 5}, ValueError, "mode: 'component' is exact only for"),
+        ({"mode": "component", "temperature": 0.5}, ValueError, "exact only for temperature 1"),
         ({"seeds": SEEDS.int()}, TypeError, "seeds: expected int64"),
         ({"seeds": SEEDS[:2]}, ValueError, r"seeds: expected shape \(3,\)"),
         ({"seeds": 0.5}, TypeError, "seeds: expected a torch.Tensor"),

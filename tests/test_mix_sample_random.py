@@ -28,7 +28,7 @@ from mdkernels.ops.mix_sample import row_seeds
 backend = mix_fixtures.backend
 slow_backends = ({"triton", "cuda"} & UNCHECKED) - ON_GPU
 ALPHA = 1e-4  # of all the frequency tests together
-TESTS = 9  # how many there are, per backend
+TESTS = 10  # how many there are, per backend
 
 
 def test_philox_known_answers():
@@ -102,6 +102,14 @@ def test_frequencies_at_real_width():
     counts = frequencies(base, memory, 0.35, 4000, "cpu", 5)
     merged = np.bincount(cell, counts, 50)
     assert g_test(merged, np.bincount(cell, p, 50)) > ALPHA / TESTS
+
+
+@needs_cpu
+def test_frequencies_of_components():
+    base, memory = pair(1, 97)
+    p = mixture(base, memory, 0.35)[0]
+    counts = frequencies(base, memory, 0.35, 40000, "cpu", 6, mode="component")
+    assert g_test(counts, p) > ALPHA / TESTS
 
 
 @needs_cpu

@@ -12,6 +12,8 @@ from ..logit_mix.arguments import SCHEMA, canonical
 from ..mix_argmax import mix_argmax
 from .philox import row_seeds
 
+MODES = ("mixture", "component")
+
 
 class MixSampleOutput(NamedTuple):
     """Tokens and their unfiltered log-probabilities in nats."""
@@ -27,9 +29,12 @@ def _fake_logprobs(base_logits, memory_logits, *args):
     return base_logits.new_empty((base_logits.shape[0], 2 + len(memory_logits)), dtype=wide)
 
 
+def _filters(top_k, top_p, min_p) -> bool:
+    return top_k > 0 or top_p < 1.0 or min_p > 0.0
+
+
 def _needs_filters(*args):
-    top_k, top_p, min_p = args[6:9]
-    return "filters" if top_k > 0 or top_p < 1.0 or min_p > 0.0 else None
+    return "filters" if _filters(*args[6:9]) else None
 
 
 _forward = dispatch.define(
@@ -39,6 +44,14 @@ _forward = dispatch.define(
     "Tensor offsets, str backend) -> Tensor",
     lambda base_logits, *args: base_logits.new_empty(base_logits.shape[0], dtype=torch.int64),
     need=_needs_filters,
+)
+_choose = dispatch.define(
+    "mix_sample",
+    "choose",
+    f"({SCHEMA}, Tensor seeds, Tensor offsets, str backend) -> Tensor",
+    lambda base_logits, memory_logits, *args: base_logits.new_empty(
+        (base_logits.shape[0], len(memory_logits)), dtype=torch.float32
+    ),
 )
 _logprobs = dispatch.define(
     "mix_sample", "logprobs", f"({SCHEMA}, Tensor tokens, str backend) -> Tensor", _fake_logprobs
@@ -57,6 +70,7 @@ def mix_sample(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
+    mode: str = "mixture",
     return_logprobs: bool = False,
     backend: str = "auto",
 ) -> Tensor | MixSampleOutput:
@@ -79,6 +93,9 @@ def mix_sample(
         top_p: keep the smallest set of best tokens whose probability reaches it; 1 keeps all. The
             best token always stays, and equal tokens are ranked by id.
         min_p: keep tokens of at least this share of the best one's probability; 0 keeps all.
+        mode: "mixture", or "component" to draw a model according to the weights and then a token
+            from that model alone: the same distribution, though not the same tokens, and only one
+            model's row is looked at. For temperature 1 without filters only.
         return_logprobs: also return log-probabilities, before temperature and filters.
         backend: see `mdkernels.backends`.
 
@@ -98,6 +115,13 @@ def mix_sample(
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k: expected an int of at least 0 (0: no limit), got {top_k!r}")
     top_p, min_p = checks.probability("top_p", top_p), checks.probability("min_p", min_p)
+    if mode not in MODES:
+        raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
+    if mode == "component" and (temperature != 1.0 or _filters(top_k, top_p, min_p)):
+        raise ValueError(
+            "mode: 'component' is exact only for temperature 1 without top_k, top_p and min_p; use "
+            "mode='mixture'"
+        )
     if isinstance(seeds, int):
         seeds = row_seeds(seeds, base.shape[0], base.device)
     else:
@@ -117,7 +141,11 @@ def mix_sample(
             )
         else:
             filters = (temperature, top_k, top_p, min_p)
-            tokens = _forward(*arguments, *filters, seeds, offsets, backend)
+            drawn_from = arguments
+            if mode == "component":
+                chosen = _choose(*arguments, seeds, offsets, backend)
+                drawn_from = (*arguments[:2], chosen, [], arguments[4])
+            tokens = _forward(*drawn_from, *filters, seeds, offsets, backend)
         if not return_logprobs:
             return tokens
         table = _logprobs(*arguments, tokens, backend)

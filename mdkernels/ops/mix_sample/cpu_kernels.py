@@ -6,8 +6,9 @@ from torch import Tensor
 from .. import native
 from ..logit_mix.arguments import raise_row_fault
 from ..logit_mix.cpu_kernels import DTYPES, mixture
+from .reference import choose  # a few numbers per row
 
-__all__ = ["DTYPES", "forward", "logprobs"]
+__all__ = ["DTYPES", "choose", "forward", "logprobs"]
 
 
 def forward(

@@ -9,7 +9,7 @@ from .. import native
 from ..logit_mix.arguments import mixture_width
 from ..logit_mix.cuda_kernels import DTYPES, device, launch_shape, mixture
 
-__all__ = ["DTYPES", "forward", "logprobs"]
+__all__ = ["DTYPES", "choose", "forward", "logprobs"]
 HEADER = 16 * 1024  # more than sizeof(Shared) of the kernel
 
 
@@ -50,6 +50,28 @@ def forward(
         cluster,
     )
     return tokens
+
+
+def choose(
+    base_logits, memory_logits, row_weights, weights, memory_temperature, seeds, offsets
+) -> Tensor:
+    seeds, offsets = seeds.contiguous(), offsets.contiguous()
+    shape = (base_logits.shape[0], len(memory_logits))
+    out = base_logits.new_empty(shape, dtype=torch.float32)
+    native.load("_cuda").module.mix_choose(
+        *mixture(
+            base_logits,
+            memory_logits,
+            row_weights,
+            weights,
+            memory_temperature,
+            all_models=True,
+        ),
+        seeds.data_ptr(),
+        offsets.data_ptr(),
+        out.data_ptr(),
+    )
+    return out
 
 
 def logprobs(

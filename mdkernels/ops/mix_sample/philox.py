@@ -15,10 +15,13 @@ _MASK = 0xFFFFFFFF
 _MASK64 = (1 << 64) - 1
 
 
-def exponentials(seeds: Tensor, offsets: Tensor, width: int) -> Tensor:
+TOKENS, COMPONENTS = 0, 2  # the streams of the high words; the low ones are next to them
+
+
+def exponentials(seeds: Tensor, offsets: Tensor, width: int, stream: int = TOKENS) -> Tensor:
     """(N, width) fp64 Exp(1) variates: E = -log(1 - v), v from 64 bits per token."""
-    high = _words(seeds, offsets, 0, width).double()
-    low = _words(seeds, offsets, 1, width).double()
+    high = _words(seeds, offsets, stream, width).double()
+    low = _words(seeds, offsets, stream + 1, width).double()
     v = (high + (low + 0.5) * 2.0**-32) * 2.0**-32
     return -torch.log1p(-v.clamp(max=1.0 - 2.0**-53))
 

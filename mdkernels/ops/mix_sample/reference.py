@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..logit_mix import reference as logit_mix
-from ..logit_mix.arguments import mixture_width, raise_row_fault
-from .philox import exponentials
+from ..logit_mix.arguments import WEIGHT_SLACK, find_weight_fault, mixture_width, raise_row_fault
+from .philox import COMPONENTS, exponentials
 
 
 def forward(
@@ -36,6 +36,29 @@ def forward(
     # proportional to its rate, and needs no normaliser for it.
     clocks = exponentials(seeds, offsets, scores.shape[1]) / scores.exp().double()
     return clocks.argmin(1).masked_fill(undefined, -1)
+
+
+def choose(
+    base_logits, memory_logits, row_weights, weights, memory_temperature, seeds, offsets
+) -> Tensor:
+    raise_row_fault(find_weight_fault(row_weights), row_weights)
+    memories = len(memory_logits)
+    if row_weights is None:
+        shares = torch.tensor(weights, dtype=torch.float64, device=seeds.device).expand(
+            len(seeds), -1
+        )
+        undefined = torch.zeros_like(seeds, dtype=torch.bool)
+    else:
+        total = row_weights.double().sum(1)
+        # Rounded to the precision of the weights, so that 0.7 + 0.2 + 0.1 is 1.
+        rest = (1.0 - total.to(row_weights.dtype).double()).clamp(min=0.0)
+        shares = torch.cat([rest[:, None], row_weights.double()], 1)
+        inside = ((row_weights >= 0) & (row_weights <= 1)).all(1)
+        undefined = ~(inside & (total <= 1 + WEIGHT_SLACK))
+    clocks = exponentials(seeds, offsets, 1 + memories, COMPONENTS) / shares
+    ids = torch.arange(1, 1 + memories, device=seeds.device)
+    chosen = (clocks.argmin(1, keepdim=True) == ids).float()
+    return chosen.masked_fill(undefined[:, None], math.nan)
 
 
 def logprobs(

@@ -13,13 +13,15 @@ from ..logit_mix.triton_common import (
     last_of_row,
     log_near_one,
     mix_logprobs,
+    model_weight,
     offsets_of,
     plan,
     row_terms,
     split,
+    weights_valid,
 )
 
-__all__ = ["DTYPES", "LACKS", "forward", "logprobs"]
+__all__ = ["DTYPES", "LACKS", "choose", "forward", "logprobs"]
 LACKS = {"filters": "it has no top_k, top_p or min_p"}
 
 
@@ -67,6 +69,28 @@ def forward(
                 **made.combined,
             )
     return tokens
+
+
+def choose(
+    base_logits, memory_logits, row_weights, weights, memory_temperature, seeds, offsets
+) -> Tensor:
+    seeds, offsets = seeds.contiguous(), offsets.contiguous()
+    rows, memories = len(seeds), len(memory_logits)
+    out = base_logits.new_empty((rows, memories), dtype=torch.float32)
+    with torch.cuda.device_of(base_logits):
+        if rows:
+            choose_kernel[(rows,)](
+                tuple(weights or (0.0,) * (1 + memories)),
+                row_weights,
+                *((0, 0) if row_weights is None else row_weights.stride()),
+                seeds,
+                offsets,
+                out,
+                SLOTS=max(4, triton.next_power_of_2(1 + memories)),
+                num_warps=1,
+                enable_fp_fusion=True,
+            )
+    return out
 
 
 def logprobs(
@@ -132,19 +156,40 @@ def words(seed, offset, first, BLOCK: tl.constexpr, STREAM: tl.constexpr):
 
 
 @triton.jit
-def exponentials(seed, offset, first, BLOCK: tl.constexpr):
+def exponentials(seed, offset, first, BLOCK: tl.constexpr, STREAM: tl.constexpr):
     """E = -log(1 - v) of each token, v = (high + (low + 1/2) / 2^32) / 2^32, to fp32 precision."""
-    high = words(seed, offset, first, BLOCK, 0)
+    high = words(seed, offset, first, BLOCK, STREAM)
     low = tl.full((BLOCK,), 0x80000000, tl.uint32)
     # 1/2 stands in for the low word where that changes v (or 1 - v near 1) by less than 1e-6.
     short = (high < 0x100000) | (high >= 0xFFFF0000)
     if tl.max(short.to(tl.int32), 0) > 0:
-        low = words(seed, offset, first, BLOCK, 1)
+        low = words(seed, offset, first, BLOCK, STREAM + 1)
     v = (high.to(tl.float32) + (low.to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
     rest = ((~high).to(tl.float32) + ((~low).to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
     r, e = split(tl.maximum(rest, 2.0**-53))
     # Close to 1, `rest` has lost the digits that v has.
     return -log_near_one(tl.where(e == 0, -v, r), e.to(tl.float32))
+
+
+@triton.jit
+def choose_kernel(
+    weights, row_weights, weight_stride, weight_step, seeds, positions, out, SLOTS: tl.constexpr
+):
+    """The drawn model of each row: 1 in the column of a memory, nothing but 0 for the base."""
+    row = tl.program_id(0).to(tl.int64)
+    MODELS: tl.constexpr = len(weights)
+    slot = tl.arange(0, SLOTS)
+    share = tl.zeros((SLOTS,), tl.float32)
+    for k in tl.static_range(MODELS):
+        weight = model_weight(weights, row_weights, weight_stride, weight_step, row, k, MODELS)
+        share = tl.where(slot == k, weight, share)
+    clocks = exponentials(tl.load(seeds + row), tl.load(positions + row), 0, SLOTS, 2) / share
+    clocks = tl.where(clocks == clocks, clocks, float("inf"))
+    _, chosen = tl.min(clocks, 0, return_indices=True, return_indices_tie_break_left=True)
+    valid = weights_valid(row_weights, weight_stride, weight_step, row, MODELS)
+    here = tl.where(slot == chosen, 1.0, 0.0) + tl.where(valid, 0.0, float("nan"))
+    to = out + row * (MODELS - 1) + slot - 1
+    tl.store(to, here, mask=(slot > 0) & (slot < MODELS))
 
 
 @triton.jit
@@ -200,7 +245,7 @@ def draw_kernel(
         # The row's maximum is not known yet, so each part races against its own.
         top = tl.maximum(tl.max(score, 0), LOWEST)
         q = tl.exp2((score - top) * slope)
-        key = exponentials(seed, position, part * BLOCK, BLOCK) / q
+        key = exponentials(seed, position, part * BLOCK, BLOCK, 0) / q
         key = tl.where(key == key, key, float("inf"))  # NaN: the row is not valid
         fastest, at = tl.min(key, 0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(keys + row * parts + part, fastest)
