@@ -48,7 +48,7 @@ def models(width, seed=0):
     return base, [memory, logits(3, max(width - 3, 1), torch.float16, seed + 5)]
 
 
-@pytest.mark.parametrize("width", [1, 5, 301, 1030])
+@pytest.mark.parametrize("width", [1, 301, 1030])
 def test_mix_and_argmax(launch, width):
     base, memories = models(width)
     weights = torch.tensor([[0.3, 0.2], [0.0, 1.0], [0.6, 0.0]])
@@ -73,15 +73,16 @@ def test_draws(launch, width, filters):
     assert clear.any()
 
 
+@pytest.mark.parametrize("launch", LAUNCHES[1:3], indirect=True, ids=str)
 @pytest.mark.parametrize("filters", [{"top_p": 0.31}, {"top_k": 40, "top_p": 0.6}, {"top_k": 3}])
 def test_ties_across_blocks(launch, filters):
     """Every token of the highest score has the same probability: the id decides who stays."""
-    base = torch.zeros(12, 203)
+    base = torch.zeros(4, 203)
     base[:, ::2] = 4.0
-    seeds = torch.arange(12)
-    want, clear = draw(mixture(base, base, 0.5), seeds.numpy(), np.zeros(12), **filters)
+    seeds = torch.arange(4)
+    want, clear = draw(mixture(base, base, 0.5), seeds.numpy(), np.zeros(4), **filters)
     got = mix_sample(base, base, 0.5, seeds=seeds, backend="cuda", **filters)
-    assert clear.double().mean() > 0.8
+    assert clear.all()
     assert torch.equal(got[clear], want[clear])
 
 

@@ -22,6 +22,7 @@ struct Shared {
   FilterShared filter;
 };
 constexpr int kHeader = (sizeof(Shared) + 15) / 16 * 16;
+static_assert(kHeader <= 16 * 1024, "HEADER of mix_sample/cuda_kernels.py");
 
 // Scores of this block's columns into memory, and the best of them as minus the score.
 __device__ __forceinline__ Best<float> write_scores(const MixArgs& a, const MixShared& s,

@@ -95,6 +95,7 @@ def mix_sample(arch):
     def call(mix, seeds):
         mix_sample_kernels.forward(*mix, 0.7, 0, 1.0, 0.0, seeds, seeds)
         mix_sample_kernels.logprobs(*mix, seeds)
+        mix_sample_kernels.choose(*mix, seeds, seeds)
 
     return _mixtures(arch, call)
 
