@@ -4,6 +4,9 @@ operator tests, with the widths' own shapes, meet only in part. See cuda_host.sh
 import cuda_host
 import numpy as np
 import pytest
+import test_logit_mix
+import test_mix_argmax
+import test_mix_sample
 import torch
 from mix_fixtures import generator, log, logits, mixture, pair, worst
 from mix_sample_oracle import draw
@@ -103,6 +106,26 @@ def test_logprobs_and_bad_rows(launch):
     drawn = mix_sample(base, memory, 0.4, seeds=1, backend="cuda")
     assert drawn[1:3].tolist() == [-1, -1]
     assert (drawn[[0, 3]] >= 0).all()
+
+
+@pytest.mark.parametrize(
+    "test",
+    [
+        test_logit_mix.test_bad_row_weights,
+        test_logit_mix.test_bad_rows_are_nan_and_only_those,
+        test_logit_mix.test_row_weights_of_zero_and_one_ignore_nan,
+        test_logit_mix.test_several_memories,
+        test_mix_argmax.test_nan_rows_give_zero_as_torch_does,
+        test_mix_argmax.test_several_memories_row_weights_and_widths,
+        test_mix_sample.test_component,
+        test_mix_sample.test_logprobs_of_a_list_and_of_a_dropped_model,
+        test_mix_sample.test_masks_shifts_row_weights_and_memories,
+    ],
+    ids=lambda test: test.__name__.removeprefix("test_"),
+)
+def test_operators(test):
+    """The operators' own tests that the lane would otherwise leave out."""
+    test("cuda")
 
 
 def test_an_a100_keeps_the_scores_in_global_memory(monkeypatch):
