@@ -28,19 +28,17 @@ void logit_mix(Arguments&);
 void mix_argmax(Arguments&);
 void mix_sample(Arguments&);
 void mix_logprobs(Arguments&);
+void knn_merge(Arguments&);
+void knn_pack(Arguments&);
 
 struct Entry {
   const char* name;
   Operator run;
 };
 constexpr Entry kOperators[] = {
-    {"sparse_kl", sparse_kl},
-    {"scale_rows", scale_rows},
-    {"token_logprobs", token_logprobs},
-    {"logit_mix", logit_mix},
-    {"mix_argmax", mix_argmax},
-    {"mix_sample", mix_sample},
-    {"mix_logprobs", mix_logprobs},
+    {"sparse_kl", sparse_kl},       {"scale_rows", scale_rows}, {"token_logprobs", token_logprobs},
+    {"logit_mix", logit_mix},       {"mix_argmax", mix_argmax}, {"mix_sample", mix_sample},
+    {"mix_logprobs", mix_logprobs}, {"knn_merge", knn_merge},   {"knn_pack", knn_pack},
 };
 
 namespace {
