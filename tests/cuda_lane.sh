@@ -10,9 +10,9 @@ here=$(dirname "$0")
 # costs microseconds here.
 sh "$here/cuda_host.sh" "$python" address \
   tests/test_cuda_host.py tests/test_sparse_kl.py tests/test_sparse_kl_inplace.py \
-  tests/test_token_logprobs.py \
+  tests/test_token_logprobs.py tests/test_knn_targets_gpu.py \
   -k "cuda_host or (not gpt2 and not 50257 and not nan_logits and not float32 and not cuda-float16
       and not 4095 and not 4096 and not 8191 and not 12289
       and not sum_to_one)"
-sh "$here/cuda_host.sh" "$python" thread tests/test_cuda_host.py \
-  -k "test_loss or test_logprobs or last_threads"
+sh "$here/cuda_host.sh" "$python" thread tests/test_cuda_host.py tests/test_knn_targets_gpu.py \
+  -k "test_loss or test_logprobs or last_threads or matches_the_loop or 1024"

@@ -57,8 +57,9 @@ def test_long_rows(kernel, neighbors, vocab):
     check(got, oracle(distances, ids, values, 3.0, exclude))
 
 
-def test_rows_beyond_the_largest_tile(kernel):
-    distances, ids, values, exclude = case(2, packing.MOST_NEIGHBORS + 1)
+def test_rows_beyond_the_largest_tile(kernel, monkeypatch):
+    monkeypatch.setattr(packing, "MOST_NEIGHBORS", 8)
+    distances, ids, values, exclude = case(2, 9)
     got = run(kernel, distances, ids, values, exclude_ids=exclude)
     check(got, oracle(distances, ids, values, 3.0, exclude))
 
