@@ -40,8 +40,8 @@ def oracle(distances, neighbor_ids, values, temperature, exclude_ids=None):
             if i != -1 and i != own and d != math.inf
         ]
         merged = {}
+        nearest = min((p[0] for p in pairs), default=0.0)
         for d, token in pairs:
-            nearest = min(p[0] for p in pairs)
             weight = math.exp((nearest - d) / temperature)
             merged[token] = merged.get(token, 0.0) + weight
         total = math.fsum(merged.values())

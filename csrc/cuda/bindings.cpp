@@ -29,16 +29,27 @@ void mix_argmax(Arguments&);
 void mix_sample(Arguments&);
 void mix_logprobs(Arguments&);
 void mix_choose(Arguments&);
+void knn_merge(Arguments&);
+void knn_pack(Arguments&);
 
 struct Entry {
   const char* name;
   Operator run;
 };
+// clang-format off
 constexpr Entry kOperators[] = {
-    {"sparse_kl", sparse_kl},       {"scale_rows", scale_rows}, {"token_logprobs", token_logprobs},
-    {"logit_mix", logit_mix},       {"mix_argmax", mix_argmax}, {"mix_sample", mix_sample},
-    {"mix_logprobs", mix_logprobs}, {"mix_choose", mix_choose},
+    {"sparse_kl", sparse_kl},
+    {"scale_rows", scale_rows},
+    {"token_logprobs", token_logprobs},
+    {"logit_mix", logit_mix},
+    {"mix_argmax", mix_argmax},
+    {"mix_sample", mix_sample},
+    {"mix_logprobs", mix_logprobs},
+    {"mix_choose", mix_choose},
+    {"knn_merge", knn_merge},
+    {"knn_pack", knn_pack},
 };
+// clang-format on
 
 namespace {
 

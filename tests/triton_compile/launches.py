@@ -8,6 +8,8 @@ key in baseline.json.
 
 import torch
 
+from mdkernels.ops.knn_targets import packing as knn_packing
+from mdkernels.ops.knn_targets import triton_kernels as knn_targets_kernels
 from mdkernels.ops.logit_mix import triton_kernels as logit_mix_kernels
 from mdkernels.ops.mix_argmax import triton_kernels as mix_argmax_kernels
 from mdkernels.ops.mix_sample import triton_kernels as mix_sample_kernels
@@ -100,10 +102,30 @@ def mix_sample(arch):
     return _mixtures(arch, call)
 
 
+def knn_targets(arch):
+    def case(neighbors, dtype, exclude):
+        distances = torch.zeros(2, neighbors)
+        ids, values = torch.zeros(2, neighbors, dtype=dtype), torch.zeros(9, dtype=dtype)
+        keys, counts = knn_packing.workspace(distances)
+        offsets = torch.zeros(3, dtype=torch.int64)
+        token_ids, probs = torch.zeros(9, dtype=torch.int32), torch.zeros(9)
+
+        def call():
+            knn_targets_kernels.merge(distances, ids, values, 1.5, exclude, keys, counts)
+            knn_targets_kernels.write(keys, offsets, token_ids, probs, neighbors)
+
+        return f"{_name(dtype)} {neighbors}", call
+
+    yield case(1024, torch.int64, torch.zeros(2, dtype=torch.int64))
+    if arch == 90:
+        yield case(50, torch.int32, None)
+
+
 LAUNCHES = {
     "sparse_kl": sparse_kl,
     "token_logprobs": token_logprobs,
     "logit_mix": logit_mix,
     "mix_argmax": mix_argmax,
     "mix_sample": mix_sample,
+    "knn_targets": knn_targets,
 }

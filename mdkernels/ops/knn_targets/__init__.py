@@ -59,7 +59,7 @@ def knn_targets(
         exclude_ids: (N,) int64, the datastore entry of each row itself, which is left out wherever
             it ranks (the official code drops the first neighbour instead, whatever it is). -1, or
             an id that is not among the neighbours, leaves nothing out.
-        backend: "auto", "cpu" or "reference"; see `mdkernels.backends`.
+        backend: "auto", "cpu", "triton", "cuda" or "reference"; see `mdkernels.backends`.
 
     Returns:
         SparseTargets with N rows: distinct token ids, sorted by descending probability and within
