@@ -27,7 +27,7 @@ demo: $(VENV)/stamp
 	$(BIN)/mdkernels demo --out demo-out
 
 test: $(VENV)/stamp-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 # The Triton kernels without a GPU: under the interpreter (which must be chosen before triton is
 # imported, hence a process of its own), and compiled for every supported GPU.

@@ -25,7 +25,7 @@ LAUNCHES = [
     ((64, 1), "forwards", "shared"),
     ((64, 2), "backwards", "shared"),
     ((96, 3), "forwards", "scratch"),
-    ((64, 8), "backwards", "shared"),
+    ((32, 8), "backwards", "shared"),
     ((384, 1), "forwards", "scratch"),
 ]
 FILTERS = [
