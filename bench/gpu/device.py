@@ -19,6 +19,7 @@ import mdkernels
 from mdkernels.ops import dispatch
 
 GRAPH_WARMUPS = 3
+HOST_CYCLES = 2_000_000  # of the device: about a millisecond, longer than queueing one call takes
 
 
 class Device:
@@ -87,11 +88,13 @@ class Cuda(Device):
             return False
 
     def seconds(self, call: Callable, times: int, prepare: Callable | None) -> float:
-        """Of one of `times` calls. The device is still writing the flush buffer while the host
-        queues the first kernels, so that a single call is timed without its launch latency."""
+        """Of one of `times` calls. The device is kept busy while the host queues the first kernels,
+        so that a single call is timed without its launch latency. Many short calls are not: they
+        come as fast as the host can launch them, which is what the `graph` regime takes away."""
         if prepare is not None:
             prepare()
         self.flusher.fill_(1)
+        torch.cuda._sleep(HOST_CYCLES)
         self.start.record()
         for _ in range(times):
             call()

@@ -63,6 +63,7 @@ void raise_shared_limit(const void* kernel, size_t bytes, size_t* known) {
   static std::mutex mutex;
   int index = 0;
   check(cudaGetDevice(&index));
+  if (index >= 64) throw std::runtime_error("more than 64 devices");
   const std::lock_guard<std::mutex> lock(mutex);
   if (bytes <= known[index]) return;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -29,11 +29,14 @@ def vector(dtype: torch.dtype) -> int:
 
 @contextlib.contextmanager
 def launching(op: str, tensor: Tensor):
-    """Launch on the device of `tensor`, whichever is current; a failure names the operator."""
+    """Launch on the device of `tensor`, whichever is current; a failure names the operator. What an
+    argument check raises passes through."""
     device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
     with device:
         try:
             yield
+        except (ValueError, TypeError):
+            raise
         except Exception as error:
             raise RuntimeError(
                 f"{op} (backend 'triton'): the kernel did not compile or launch: {error}"

@@ -19,12 +19,19 @@ def _fake_forward(distances, neighbor_ids, values, temperature, exclude_ids, bac
     )
 
 
+def _need(distances, *args) -> str | None:
+    """A GPU kernel sorts a row in one block, which bounds its length."""
+    neighbors = distances.shape[1]
+    return "over_4096" if neighbors > 4096 else "over_1024" if neighbors > 1024 else None
+
+
 _forward = dispatch.define(
     "knn_targets",
     "forward",
     "(Tensor distances, Tensor neighbor_ids, Tensor values, float temperature,"
     " Tensor? exclude_ids, str backend) -> (Tensor row_offsets, Tensor token_ids, Tensor probs)",
     _fake_forward,
+    need=_need,
 )
 
 

@@ -6,6 +6,7 @@ from .. import native
 from . import packing
 
 DTYPES = (torch.float32,)
+LACKS = {"over_4096": "it takes at most 4096 neighbours a row"}
 
 
 def forward(distances, neighbor_ids, values, temperature, exclude_ids):

@@ -5,11 +5,7 @@ import math
 import torch
 
 from ..checks import storage_covers
-from . import reference
 from .faults import raise_row_fault
-
-# A row is sorted by one block. Longer rows run the eager reference, on the same device.
-MOST_NEIGHBORS = 4096
 
 
 def forward(merge, write, distances, neighbor_ids, values, temperature, exclude_ids):
@@ -22,15 +18,15 @@ def forward(merge, write, distances, neighbor_ids, values, temperature, exclude_
     ):
         storage_covers(name, tensor)
     rows, neighbors = distances.shape
-    if neighbors > MOST_NEIGHBORS:
-        return reference.forward(distances, neighbor_ids, values, temperature, exclude_ids)
-    row_offsets = distances.new_zeros(rows + 1, dtype=torch.int64)
+    row_offsets = distances.new_empty(rows + 1, dtype=torch.int64)
     if rows == 0 or neighbors == 0:
-        return row_offsets, row_offsets.new_empty(0, dtype=torch.int32), distances.new_empty(0)
+        empty = distances.new_empty(0)
+        return row_offsets.zero_(), empty.to(torch.int32), empty
     exclude_ids = None if exclude_ids is None else exclude_ids.contiguous()
     keys, counts = workspace(distances)
     scale = math.log2(math.e) / temperature
     merge(distances, neighbor_ids, values, scale, exclude_ids, keys, counts)
+    row_offsets[:1].zero_()
     torch.cumsum(counts, 0, out=row_offsets[1:])
     # The only wait: the outputs cannot be allocated before their size is known.
     nnz, least, most = torch.stack((row_offsets[-1], *counts.aminmax())).tolist()

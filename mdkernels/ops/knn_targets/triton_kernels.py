@@ -9,6 +9,8 @@ from ..triton_rows import TINY, launching
 from . import packing
 
 DTYPES = (torch.float32,)
+# Longer rows have not been compiled for every supported GPU, as the compile gate does with these.
+LACKS = dict.fromkeys(("over_1024", "over_4096"), "it takes at most 1024 neighbours a row")
 
 FEW = 128  # a row with at most so many distinct tokens takes the small final sort
 

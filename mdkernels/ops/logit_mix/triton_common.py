@@ -27,6 +27,13 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 WEIGHT_LIMIT = tl.constexpr(1.0 + WEIGHT_SLACK)
 
 
+# One compilation for every batch size: a serving process must not stop to compile because a count
+# became 1 or a multiple of 16. `width` stays special, since it decides about 16-byte stores.
+mixture_kernel = triton.jit(
+    do_not_specialize=("weight_stride", "weight_step", "parts", "share", "splits")
+)
+
+
 class Models(NamedTuple):
     """The leading arguments of every kernel: one entry per model that takes part."""
 
@@ -213,7 +220,7 @@ def log1p_unit(x):
 # ---- the passes
 
 
-@triton.jit
+@mixture_kernel
 def sums_kernel(
     xs,
     strides,

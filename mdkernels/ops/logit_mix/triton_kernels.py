@@ -1,11 +1,11 @@
 """Triton kernel of logit_mix, and its launcher. Derivation: README.md."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_common import DTYPES, mix_logprobs, offsets_of, plan, row_terms
+from ..triton_rows import launching
+from .triton_common import DTYPES, mix_logprobs, mixture_kernel, offsets_of, plan, row_terms
 
 __all__ = ["DTYPES", "forward"]
 
@@ -13,7 +13,7 @@ __all__ = ["DTYPES", "forward"]
 def forward(
     base_logits, memory_logits, row_weights, weights, memory_temperature, base_scale
 ) -> Tensor:
-    with torch.cuda.device_of(base_logits):
+    with launching("logit_mix", base_logits):
         made = plan(
             base_logits,
             memory_logits,
@@ -37,7 +37,7 @@ def forward(
     return out
 
 
-@triton.jit
+@mixture_kernel
 def write_kernel(
     xs,
     strides,

@@ -1,18 +1,18 @@
 """Triton kernel of mix_argmax, and its launcher. Derivation: README.md."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..logit_mix.triton_common import DTYPES, LOG2E, last_of_row, plan, row_terms
+from ..logit_mix.triton_common import DTYPES, LOG2E, last_of_row, mixture_kernel, plan, row_terms
+from ..triton_rows import launching
 
 __all__ = ["DTYPES", "forward"]
 
 
 def forward(base_logits, memory_logits, row_weights, weights, memory_temperature) -> Tensor:
     ids = base_logits.new_empty(base_logits.shape[0], dtype=torch.int64)
-    with torch.cuda.device_of(base_logits):
+    with launching("mix_argmax", base_logits):
         made = plan(
             base_logits,
             memory_logits,
@@ -39,7 +39,7 @@ def forward(base_logits, memory_logits, row_weights, weights, memory_temperature
     return ids
 
 
-@triton.jit
+@mixture_kernel
 def best_kernel(
     xs,
     strides,

@@ -13,6 +13,7 @@ from ..logit_mix.triton_common import (
     last_of_row,
     log_near_one,
     mix_logprobs,
+    mixture_kernel,
     model_weight,
     offsets_of,
     plan,
@@ -20,6 +21,7 @@ from ..logit_mix.triton_common import (
     split,
     weights_valid,
 )
+from ..triton_rows import launching
 
 __all__ = ["DTYPES", "LACKS", "choose", "forward", "logprobs"]
 LACKS = {"filters": "it has no top_k, top_p or min_p"}
@@ -40,7 +42,7 @@ def forward(
 ) -> Tensor:
     seeds, offsets = seeds.contiguous(), offsets.contiguous()
     tokens = torch.empty_like(seeds)
-    with torch.cuda.device_of(base_logits):
+    with launching("mix_sample", base_logits):
         made = plan(
             base_logits,
             memory_logits,
@@ -77,7 +79,7 @@ def choose(
     seeds, offsets = seeds.contiguous(), offsets.contiguous()
     rows, memories = len(seeds), len(memory_logits)
     out = base_logits.new_empty((rows, memories), dtype=torch.float32)
-    with torch.cuda.device_of(base_logits):
+    with launching("mix_sample", base_logits):
         if rows:
             choose_kernel[(rows,)](
                 tuple(weights or (0.0,) * (1 + memories)),
@@ -97,7 +99,7 @@ def logprobs(
     base_logits, memory_logits, row_weights, weights, memory_temperature, tokens
 ) -> Tensor:
     tokens = tokens.contiguous()
-    with torch.cuda.device_of(base_logits):
+    with launching("mix_sample", base_logits):
         made = plan(
             base_logits,
             memory_logits,
@@ -171,7 +173,7 @@ def exponentials(seed, offset, first, BLOCK: tl.constexpr, STREAM: tl.constexpr)
     return -log_near_one(tl.where(e == 0, -v, r), e.to(tl.float32))
 
 
-@triton.jit
+@mixture_kernel
 def choose_kernel(
     weights, row_weights, weight_stride, weight_step, seeds, positions, out, SLOTS: tl.constexpr
 ):
@@ -192,7 +194,7 @@ def choose_kernel(
     tl.store(to, here, mask=(slot > 0) & (slot < MODELS))
 
 
-@triton.jit
+@mixture_kernel
 def draw_kernel(
     xs,
     strides,
@@ -262,7 +264,7 @@ def draw_kernel(
         tl.store(tokens + row, tl.where(valid, token, -1))
 
 
-@triton.jit
+@mixture_kernel
 def logprobs_kernel(
     xs,
     strides,

@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PROGRAMS = 1024  # of the scaling kernel: enough to fill any device, few enough to launch at once
 
 
-def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
+def forward(logits, row_offsets, token_ids, probs, labels, ignore_index, op="sparse_kl"):
     sparse = _prepare(logits, row_offsets, token_ids, probs, labels, ignore_index)
     # Separate tensors: the outputs of a registered operator must not share storage.
     kl, ce = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
@@ -29,12 +29,22 @@ def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
         kl,
         ce,
         lse,
+        op=op,
     )
     return kl, ce, lse
 
 
 def backward(
-    logits, row_offsets, token_ids, probs, labels, ignore_index, lse, kl_coef, ce_coef
+    logits,
+    row_offsets,
+    token_ids,
+    probs,
+    labels,
+    ignore_index,
+    lse,
+    kl_coef,
+    ce_coef,
+    op="sparse_kl",
 ) -> Tensor:
     sparse = _prepare(logits, row_offsets, token_ids, probs, labels, ignore_index)
     grad = logits.new_empty(logits.shape)
@@ -43,7 +53,7 @@ def backward(
     apart = logits.data_ptr() - grad.data_ptr()
     steps = (logits.stride(0) - grad.stride(0)) * logits.element_size()
     same = apart % 16 == 0 and (steps % 16 == 0 or logits.shape[0] == 1)
-    _run(triton_programs.backward_rows, logits, *rows, *sparse, lse, *coefs, SAME=same)
+    _run(triton_programs.backward_rows, logits, *rows, *sparse, lse, *coefs, op=op, SAME=same)
     return grad
 
 
@@ -95,7 +105,7 @@ def _prepare(logits, row_offsets, token_ids, probs, labels, ignore_index) -> tup
     return row_offsets, token_ids, probs, nnz, labels, label_stride, ignore_index
 
 
-def _run(kernel, logits, *arguments, **constants) -> None:
+def _run(kernel, logits, *arguments, op="sparse_kl", **constants) -> None:
     rows, vocab = logits.shape
     if rows == 0:
         return
@@ -106,7 +116,7 @@ def _run(kernel, logits, *arguments, **constants) -> None:
         if INTERPRETED and kernel is triton_programs.forward_rows
         else parameters.few
     )
-    with launching("sparse_kl", logits):
+    with launching(op, logits):
         kernel[(rows,)](
             *arguments,
             **constants,
