@@ -71,6 +71,7 @@ def test_labels(variant, good, change, error, message):
         ({"reduction": "batchmean"}, ValueError, r"reduction: .*'mean'.*got 'batchmean'"),
         ({"ignore_index": 1.0}, TypeError, r"ignore_index: expected an int, got float"),
         ({"ignore_index": np.float32(3)}, TypeError, r"ignore_index: expected an int, got float32"),
+        ({"ignore_index": 2**63}, ValueError, r"ignore_index: expected an int that fits 64 bits"),
         ({"ignore_index": None}, TypeError, r"ignore_index: expected an int, got NoneType"),
     ],
 )
