@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import mdkernels
@@ -261,3 +262,61 @@ def test_an_eager_call_goes_to_the_backend_directly(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch._ops.OpOverload, "__call__", None)
         assert _mix().shape == (2, 5)
+
+
+# What `torch.Tensor` can also be: memory that is not the value. Read as it lies, it gave the wrong
+# sign, numbers out of nowhere, or a crash.
+_OPAQUE = {
+    "negated": lambda x: (-x)._neg_view(),
+    "zeros": lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype),
+    "wrapper": lambda x: TwoTensor(x, x),
+}
+
+
+@pytest.mark.parametrize("kind", _OPAQUE)
+@pytest.mark.parametrize("place", ["base", "memory", "weight", "logits", "labels", "probs"])
+def test_a_tensor_whose_memory_is_not_its_value(kind, place):
+    """In every place of an operator, not only in the first one."""
+    given = {
+        "base": torch.randn(3, 37),
+        "memory": torch.randn(3, 37),
+        "weight": torch.tensor([0.25, 0.5, 0.75]),
+        "logits": torch.randn(3, 37),
+        "labels": torch.tensor([1, 2, 3]),
+        "probs": torch.tensor([0.5, 0.25, 0.25]),
+    }
+
+    def results():
+        targets = SparseTargets(
+            torch.tensor([0, 1, 1, 3]), torch.tensor([4, 5, 6], dtype=torch.int32), given["probs"]
+        )
+        if place in ("base", "memory", "weight"):
+            yield mdkernels.logit_mix(given["base"], given["memory"], given["weight"])
+            yield mdkernels.mix_argmax(given["base"], given["memory"], given["weight"])
+        else:
+            yield from mdkernels.sparse_kl(given["logits"], targets, given["labels"])
+            yield mdkernels.token_logprobs(given["logits"], given["labels"])
+
+    opaque = _OPAQUE[kind](given[place])
+    given[place] = torch.zeros_like(given[place]) if kind == "zeros" else given[place]
+    expected = list(results())
+    given[place] = opaque
+    for found, wanted in zip(results(), expected, strict=True):
+        found = found.a if isinstance(found, TwoTensor) else found
+        torch.testing.assert_close(found, wanted)
+
+
+def test_negated_logits_are_refused_in_place():
+    logits = torch.randn(3, 37, requires_grad=True)
+    negated = torch._neg_view(logits * 1)
+    with pytest.raises(ValueError, match="lazy negation"):
+        sparse_kl(negated, SparseTargets.empty(3), torch.arange(3), inplace=True)
+
+
+def test_an_upstream_gradient_that_is_a_negation():
+    logits, labels = torch.randn(3, 37, requires_grad=True), torch.arange(3)
+    grads = []
+    for make in (torch.neg, torch._neg_view):
+        (grad,) = torch.autograd.grad(token_logprobs(logits, labels), logits, make(torch.ones(3)))
+        grads.append(grad)
+    torch.testing.assert_close(*grads)

@@ -29,6 +29,7 @@ def bad_cell(tensor, row, column, value):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
+        ({"temperature": None}, TypeError, "temperature: expected a number, got None"),
         ({"temperature": 0.0}, ValueError, "temperature: .* got 0.0"),
         ({"temperature": -1}, ValueError, "temperature: .* got -1"),
         ({"temperature": math.nan}, ValueError, "temperature: .* got nan"),

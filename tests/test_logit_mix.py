@@ -396,6 +396,10 @@ TWO = [MEMORY, MEMORY]
         ((BASE, MEMORY, torch.tensor([0, 0, math.nan])), {}, ValueError, "row 2 has nan"),
         ((BASE, MEMORY, 0.5), {"memory_temperature": 0.0}, ValueError, "memory_temperature"),
         ((BASE, MEMORY, 0.5), {"memory_temperature": math.inf}, ValueError, "memory_temperature"),
+        ((BASE, MEMORY, 0.5), {"memory_temperature": 1e-45}, ValueError, "memory_temperature"),
+        ((BASE, MEMORY, 0.5), {"memory_temperature": 1e300}, ValueError, "memory_temperature"),
+        ((BASE, MEMORY, 0.5), {"memory_temperature": None}, TypeError, "memory_temperature: ex"),
+        ((BASE, MEMORY, 0.5), {"memory_temperature": "a"}, TypeError, "memory_temperature: ex"),
         ((BASE, MEMORY, 0.5), {"scale": "logits"}, ValueError, "scale: expected one of"),
         ((BASE, MEMORY, 0.5), {"backend": "tpu"}, ValueError, "backend: got 'tpu'"),
         pytest.param(

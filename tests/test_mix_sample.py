@@ -343,6 +343,9 @@ SEEDS = torch.arange(3)
     [
         ({"temperature": -1.0}, ValueError, "temperature: expected a finite number"),
         ({"temperature": math.nan}, ValueError, "temperature: expected"),
+        ({"temperature": None}, TypeError, "temperature: expected a number, got None"),
+        ({"top_k": 2**63}, ValueError, "top_k: expected an int that fits 64 bits"),
+        ({"offsets": 2**63}, ValueError, "offsets: expected an int that fits 64 bits"),
         ({"top_k": -1}, ValueError, "top_k: expected an int of at least 0"),
         ({"top_k": 2.0}, ValueError, "top_k: expected an int"),
         ({"top_p": 1.5}, ValueError, r"top_p: expected a number in \[0, 1\]"),

@@ -71,6 +71,7 @@ def test_labels(variant, good, change, error, message):
         ({"reduction": "batchmean"}, ValueError, r"reduction: .*'mean'.*got 'batchmean'"),
         ({"ignore_index": 1.0}, TypeError, r"ignore_index: expected an int, got float"),
         ({"ignore_index": np.float32(3)}, TypeError, r"ignore_index: expected an int, got float32"),
+        ({"ignore_index": 2**63}, ValueError, r"ignore_index: expected an int that fits 64 bits"),
         ({"ignore_index": None}, TypeError, r"ignore_index: expected an int, got NoneType"),
     ],
 )
@@ -197,3 +198,17 @@ def test_freed_storage_is_noticed(variant, good):
         pytest.skip("eager torch reads through its own checks")
     with pytest.raises(RuntimeError, match=r"logits: its storage has been freed"):
         call(variant, freed, targets, labels)
+
+
+@pytest.mark.parametrize("name", ["row_offsets", "token_ids", "probs", "labels"])
+def test_freed_storage_of_the_targets_is_noticed(variant, name, good):
+    """Reading it would be a crash, or a loss from whatever lies there now."""
+    if variant.backend != "cpu":
+        pytest.skip("the storage of small inputs is looked at where raw pointers are read on a CPU")
+    logits, targets, labels = good
+    given = {f: getattr(targets, f).clone() for f in ("row_offsets", "token_ids", "probs")}
+    given["labels"] = labels.clone()
+    given[name].untyped_storage().resize_(0)
+    labels = given.pop("labels")
+    with pytest.raises(RuntimeError, match=f"{name}: its storage has been freed"):
+        call(variant, logits, SparseTargets(**given), labels)

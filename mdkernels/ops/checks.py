@@ -69,9 +69,19 @@ def storage_covers(name: str, value: Tensor) -> None:
 
 
 def integer(name: str, value) -> None:
-    """A Python int."""
+    """A Python int that fits int64."""
     if not isinstance(value, int):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name}: expected an int that fits 64 bits, got {value}")
+
+
+def number(name: str, value) -> float:
+    """A float, whatever it is; NaN and the infinities are the caller's to refuse."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        raise TypeError(f"{name}: expected a number, got {value!r}") from None
 
 
 def probability(name: str, value: float) -> float:

@@ -144,12 +144,23 @@ _library = torch.library.Library("mdk", "DEF")
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _needs_dispatcher(tensor) -> bool:
+def _in_memory(value):
+    """A tensor argument, or a list or None, as its memory: torch.Tensor may also be a negation
+    that is still to be done, or zeros that have no memory (of forward-mode differentiation)."""
+    if isinstance(value, list):
+        return [_in_memory(item) for item in value]
+    if value is None or type(value) not in _PLAIN:
+        return value
+    if value._is_zerotensor():
+        return value.new_zeros(value.shape).zero_()
+    return value.resolve_neg()
+
+
+def _needs_dispatcher(tensors) -> bool:
     """Whether anything between the caller and the kernel wants to see a registered operator:
-    a compiler, a mode, a transform, a tensor subclass, the profiler."""
+    a mode, a tracer, a transform, the profiler, a tensor subclass in any place."""
     return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in _PLAIN
+        any(type(tensor) not in _PLAIN for tensor in tensors)
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
@@ -187,9 +198,19 @@ def define(op: str, function: str, schema: str, fake, mutates: bool = False, nee
     _library.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"mdk::{name}", fake, lib=_library)
     overload = getattr(torch.ops.mdk, name).default
+    kinds = [str(argument.type) for argument in overload._schema.arguments]
+    places = [i for i, kind in enumerate(kinds) if "Tensor" in kind]
 
     def call(*args):
-        return overload(*args) if _needs_dispatcher(args[0]) else run(*args)
+        if torch.compiler.is_compiling():
+            return overload(*args)
+        args = list(args)
+        tensors = []
+        for i in places:
+            args[i] = value = _in_memory(args[i])
+            if value is not None:
+                tensors += value if isinstance(value, list) else (value,)
+        return overload(*args) if _needs_dispatcher(tensors) else run(*args)
 
     return call
 

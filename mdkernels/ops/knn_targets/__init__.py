@@ -81,7 +81,7 @@ def knn_targets(
         BackendUnavailable: the named backend cannot run here.
     """
     _check(distances, neighbor_ids, values)
-    temperature = float(temperature)
+    temperature = checks.number("temperature", temperature)
     low, high = TEMPERATURE_RANGE
     if not low <= temperature <= high:
         raise ValueError(

@@ -50,7 +50,7 @@ def logit_mix(
             per row. With several memories one per memory: a list of these, a tensor (memories,),
             or (N, memories). The base has what is left of 1. A model of weight 0 is not looked at:
             0 gives exactly log_softmax(base), NaN in the memory or not.
-        memory_temperature: divides the logits of every memory; above 0.
+        memory_temperature: divides the logits of every memory; within [1e-30, 1e30].
         scale: "logprob", or "base" to add lse(base) to each row: the scale of the base's own
             logits, which Hugging Face logits processors expect. A softmax does not see it.
         backend: see `mdkernels.backends`.

@@ -10,6 +10,8 @@ from torch import Tensor
 from .. import checks, dispatch
 
 WEIGHT_SLACK = 1e-6  # rounding of weights that were meant to add up to 1
+# Kernels multiply by the reciprocal in fp32: outside it is 0, a subnormal or infinite.
+TEMPERATURE_RANGE = (1e-30, 1e30)
 
 # The schema of that form. `weights`: one number per model, base first, adding up to 1.
 # `row_weights`: (N, memories) instead, the base gets the rest of each row.
@@ -42,10 +44,12 @@ def canonical(base_logits, memory_logits, mix_weight, memory_temperature) -> tup
         if memory.device != device:
             raise ValueError(f"{name}: on {memory.device}, base_logits on {device}; use .to()")
         wide = wide or memory.dtype == torch.float64
-    memory_temperature = float(memory_temperature)
-    if not 0.0 < memory_temperature < math.inf:
+    memory_temperature = checks.number("memory_temperature", memory_temperature)
+    low, high = TEMPERATURE_RANGE
+    if not low <= memory_temperature <= high:
         raise ValueError(
-            f"memory_temperature: expected a finite number above 0, got {memory_temperature}"
+            f"memory_temperature: expected a number in [{low:g}, {high:g}], got "
+            f"{memory_temperature}"
         )
     row_weights, weights = _weights(mix_weight, len(memories), rows, device)
     if row_weights is not None:

@@ -109,11 +109,12 @@ def mix_sample(
     """
     arguments = canonical(base_logits, memory_logits, mix_weight, memory_temperature)
     base = arguments[0]
-    temperature = float(temperature)
+    temperature = checks.number("temperature", temperature)
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
     if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k: expected an int of at least 0 (0: no limit), got {top_k!r}")
+    checks.integer("top_k", top_k)
     top_p, min_p = checks.probability("top_p", top_p), checks.probability("min_p", min_p)
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
@@ -127,6 +128,7 @@ def mix_sample(
     else:
         checks.integer_vector("seeds", seeds, base.shape[0], base.device, of="base_logits")
     if offsets is None or isinstance(offsets, int):
+        checks.integer("offsets", offsets or 0)
         offsets = torch.full_like(seeds, offsets or 0)
     else:
         checks.integer_vector("offsets", offsets, base.shape[0], base.device, of="base_logits")

@@ -192,6 +192,11 @@ def _check_inplace(logits: Tensor) -> None:
             "inplace=True: logits is a leaf that requires grad or a view of one, so its values are "
             "a parameter; use inplace=False, or pass an intermediate result"
         )
+    if not torch.compiler.is_compiling() and logits.is_neg():
+        raise ValueError(
+            "inplace=True: logits is a lazy negation of other memory (is_neg() is true); use "
+            "inplace=False or .resolve_neg()"
+        )
     if logits.shape[0] > 1 and logits.stride(0) < logits.shape[1]:
         raise ValueError(
             f"inplace=True: rows of logits overlap in memory (strides {logits.stride()}); "

@@ -75,6 +75,14 @@ def _launch(
     what it leaves of 1, over the number of rows that count if `mean`."""
     row_offsets, token_ids, probs, labels, ignore_index = sparse
     storage_covers("logits", logits)
+    for name, tensor in (
+        ("targets.row_offsets", row_offsets),
+        ("targets.token_ids", token_ids),
+        ("targets.probs", probs),
+        ("labels", labels),
+    ):
+        if tensor is not None:
+            storage_covers(name, tensor)
     if probs is not None and probs.dtype == torch.float64:
         probs = probs.float()
     rows, vocab = logits.shape
