@@ -295,6 +295,17 @@ def test_after_fork():
         assert same_after_fork(lambda: logit_mix(base, memory, 0.3, backend="cpu"))
 
 
+@pytest.mark.parametrize("size", [1e7, 1e12, 1e28, 1e34])
+def test_huge_logits(backend, size):
+    """Beyond what any model gives, but finite: one token has it all, and nothing is NaN."""
+    for width in (1, 2, 8, 300):
+        base, memory = (x * size for x in pair(2, width))
+        got = logit_mix(base, memory, 0.3, backend=backend)
+        want = log(mixture(base, memory, 0.3))
+        assert not got.isnan().any()
+        torch.testing.assert_close(got.double().exp(), want.exp(), rtol=1e-6, atol=1e-12)
+
+
 def test_float64_runs_on_the_reference():
     base, memory = pair(2, 300)
     want = log(mixture(base, memory, 0.3))
@@ -304,38 +315,6 @@ def test_float64_runs_on_the_reference():
         assert worst(got, want) <= 1e-12
     with pytest.raises(BackendUnavailable, match="float64"):
         logit_mix(base.double(), memory, 0.3, backend="cpu")
-
-
-def test_gradient():
-    base, memory = (x.double().requires_grad_() for x in pair(2, 9))
-    weight = torch.tensor([0.3, 0.6], dtype=torch.float64, requires_grad=True)
-
-    def run(b, m, w):
-        return logit_mix(b, m, w, memory_temperature=1.3, scale="base")
-
-    assert torch.autograd.gradcheck(run, (base, memory, weight))
-    single = memory.detach().float().requires_grad_()
-    assert logit_mix(base.detach().float(), single, 0.3).requires_grad
-
-
-def test_gradient_with_masked_and_dropped_entries():
-    base, memory = pair(2, 9)
-    base[:, 3] = memory[:, 3:5] = -math.inf
-    base.requires_grad_()
-    for weight in (0.3, 0.0, torch.tensor([0.0, 0.4])):
-        out = logit_mix(base, memory, weight)
-        (grad,) = torch.autograd.grad(out[:, 0].sum(), base)
-        assert grad.isfinite().all()
-
-
-@needs_cpu
-def test_cpu_refuses_a_gradient():
-    base, memory = pair(2, 9)
-    base.requires_grad_()
-    with pytest.raises(BackendUnavailable, match="requires grad"):
-        logit_mix(base, memory, 0.3, backend="cpu")
-    with torch.no_grad():
-        logit_mix(base, memory, 0.3, backend="cpu")
 
 
 @pytest.mark.interpreted(backend="triton")

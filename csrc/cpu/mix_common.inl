@@ -107,8 +107,9 @@ struct MixSums {
     const float k = s * kLog2E;
     reference = block_max(x, n < kMixPart ? n : kMixPart);
     const float origin = reference * k;
-    // A masked head, be it with -inf or with a very low number, is no reference for the others.
-    has_reference = fabsf(origin) < 1e30f;
+    // Nor is a head of logits so large that the rounding of the origin, 2^-24 of it, could carry an
+    // exponential out of range; a masked head, be it with -inf or a very low number, is one too.
+    has_reference = fabsf(origin) < 1e6f;
     slope = vset(k);
     minus_origin = vset(-origin);
     // What the rounding of the origin shifts is the same for all, and taken back from the sum.

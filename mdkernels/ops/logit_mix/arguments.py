@@ -60,14 +60,16 @@ def canonical(base_logits, memory_logits, mix_weight, memory_temperature) -> tup
 
 
 def differentiable_backend(op: str, arguments: tuple, backend: str):
-    """The backend module to call directly when a gradient is wanted, else None."""
-    if not torch.is_grad_enabled():
-        return None
+    """The backend module to call directly when a gradient is wanted, else None. Within forward-mode
+    differentiation any input may carry a tangent."""
     base, memories, row_weights = arguments[:3]
-    if not (
-        base.requires_grad
-        or any(memory.requires_grad for memory in memories)
-        or (row_weights is not None and row_weights.requires_grad)
+    if torch.autograd.forward_ad._current_level < 0 and not (
+        torch.is_grad_enabled()
+        and (
+            base.requires_grad
+            or any(memory.requires_grad for memory in memories)
+            or (row_weights is not None and row_weights.requires_grad)
+        )
     ):
         return None
     return dispatch.resolve(op, backend, base.device.type, base.dtype, differentiable=True)
