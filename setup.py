@@ -59,9 +59,7 @@ class CMakeBuild(build_ext):
         note = "built" if want_cuda else f"not built (MDK_CUDA={mode}, nvcc={nvcc or 'not found'})"
         try:
             self.configure(want_cuda, nvcc, sanitize)
-            self.cmake_build("cpu_all")
-            if want_cuda:
-                self.cmake_build("cuda_all")
+            self.cmake_build("cpu_all", *(["cuda_all"] if want_cuda else []))
         except subprocess.CalledProcessError:
             if not want_cuda or mode == "ON":
                 raise
@@ -99,9 +97,9 @@ class CMakeBuild(build_ext):
                 command += [f"-DMDK_CUDA_ARCHS={archs}"]
         subprocess.run(command, check=True)
 
-    def cmake_build(self, target: str) -> None:
+    def cmake_build(self, *targets: str) -> None:
         jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 2)
-        command = ["cmake", "--build", str(self.stage), "--target", target, "-j", jobs]
+        command = ["cmake", "--build", str(self.stage), "--target", *targets, "-j", jobs]
         subprocess.run(command, check=True)
 
     def place(self, cuda: bool, note: str) -> None:

@@ -14,21 +14,28 @@ FILES = {
 }
 
 
-def run(folder: Path, *names: str) -> subprocess.CompletedProcess:
+def run(folder: Path, *names: str, seconds: int = 90) -> subprocess.CompletedProcess:
     for name in names:
         (folder / name).write_text(FILES[name])
     command = [sys.executable, str(RUNNER), "--marker", "not gpu", "--jobs", "1"]
-    command += ["--seconds", "12", "--out", str(folder / "out")]
+    command += ["--seconds", str(seconds), "--out", str(folder / "out")]
     paths = [str(folder / name) for name in names]
     return subprocess.run([*command, *paths], capture_output=True, text=True, timeout=100)
 
 
 def test_counts_and_names_what_has_no_result(tmp_path):
-    done = run(tmp_path, "test_good.py", "test_bad.py", "test_crash.py", "test_hang.py")
+    done = run(tmp_path, "test_good.py", "test_bad.py", "test_crash.py")
     assert "3 GPU tests ran: 2 passed, 1 failed; 1 skipped" in done.stdout
     assert "the process ended with status -6" in done.stdout
-    assert "without a result: test_crash.py, test_hang.py" in done.stdout
+    assert "without a result: test_crash.py" in done.stdout
     assert "assert 0" in done.stdout
+    assert done.returncode == 1
+
+
+def test_ends_a_process_that_hangs(tmp_path):
+    done = run(tmp_path, "test_hang.py", seconds=5)
+    assert "no end after 5 s" in done.stdout
+    assert "without a result: test_hang.py" in done.stdout
     assert done.returncode == 1
 
 
