@@ -8,20 +8,27 @@ NATIVE := $(wildcard csrc/*/*.* tests/cuda_shim/*.*)
 
 .PHONY: demo test test-triton test-cuda-host lint format sanitize bench gpu clean
 
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
+
 # CPU torch where no GPU is visible, the newest torch where one is. torch goes in first, so that no
-# later resolver run replaces it. The stamp makes a second run free until the packaging changes.
-$(VENV)/stamp: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
+# later resolver run replaces it.
+$(VENV)/stamp-torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -c "import torch" 2>/dev/null || \
 	  if nvidia-smi -L >/dev/null 2>&1; then $(BIN)/pip install --quiet torch; \
 	  else $(BIN)/pip install --quiet torch==2.13.0; fi
+	touch $@
+
+# The stamps make a second run free until the packaging or the native code changes. `dev` is the
+# larger set; installing it also serves the demo, so that nothing is built twice.
+$(VENV)/stamp: $(VENV)/stamp-torch $(SOURCES)
 	$(BIN)/pip install --quiet -e ".[demo]"
 	touch $@
 
-$(VENV)/stamp-dev: $(VENV)/stamp
+$(VENV)/stamp-dev: $(VENV)/stamp-torch $(SOURCES)
 	$(BIN)/pip install --quiet -e ".[dev]"
-	touch $@
+	touch $(VENV)/stamp $@
 
 demo: $(VENV)/stamp
 	$(BIN)/mdkernels demo --out demo-out
