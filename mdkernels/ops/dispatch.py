@@ -26,9 +26,9 @@ from . import native
 OPS = ("sparse_kl", "token_logprobs", "logit_mix", "mix_argmax", "mix_sample", "knn_targets")
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
-# Fastest first. cpu before reference: bench/results/*/sparse_kl.json and its siblings. triton before
-# cuda: neither has been measured on a GPU yet, and of the two Triton leaves less to hand-written
-# synchronisation; the first results under bench/results/nvidia-*/ decide.
+# Fastest first. cpu before reference: bench/results/*/sparse_kl.json and its siblings. triton
+# before cuda: neither has been measured on a GPU yet, and of the two Triton leaves less to
+# hand-written synchronisation; the first results under bench/results/nvidia-*/ decide.
 PRIORITY = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 FALLBACK = ("reference",)  # any other device
 
