@@ -12,10 +12,14 @@ case $python in /*) ;; *) python=$PWD/$python ;; esac
 stage=$root/build/cuda-host-$mode
 
 "$python" -m cmake --version >/dev/null 2>&1 && cmake="$python -m cmake" || cmake=cmake
-$cmake -S "$root" -B "$stage" -G Ninja -DMDK_CUDA_SHIM="$mode" -DPython_EXECUTABLE="$python" \
-  -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >/dev/null
-$cmake --build "$stage" --target _cuda_shim -j "${MAX_JOBS:-2}" >"$stage/build.log" ||
-  { cat "$stage/build.log"; exit 1; }
+mkdir -p "$stage"
+(
+  flock 9  # two runs of one mode may start together
+  $cmake -S "$root" -B "$stage" -G Ninja -DMDK_CUDA_SHIM="$mode" -DPython_EXECUTABLE="$python" \
+    -Dpybind11_DIR="$("$python" -m pybind11 --cmakedir)" >/dev/null
+  $cmake --build "$stage" --target _cuda_shim -j "${MAX_JOBS:-2}" >"$stage/build.log" ||
+    { cat "$stage/build.log"; exit 1; }
+) 9>"$stage/lock"
 
 cxx=${CXX:-c++}
 case $mode in
@@ -25,7 +29,7 @@ case $mode in
   thread) preload="$("$cxx" -print-file-name=libtsan.so) $("$cxx" -print-file-name=libstdc++.so)" ;;
   *) preload= ;;
 esac
-rm -f "$stage"/race.*
+[ "$mode" != thread ] || rm -f "$stage"/race.*
 cd "$root"
 MDK_CUDA_SHIM=$(ls "$stage"/lib/_cuda.*so)
 export MDK_CUDA_SHIM
