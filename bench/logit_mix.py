@@ -12,6 +12,8 @@ import mdkernels
 
 GOALS = {"fp32": 5.5, "bf16": 6.5}
 LIMIT = 2e-5  # absolute, on log-probabilities down to about -30
+# torch adds a row of fp32 exponentials up in fp32: 4e-5 off at V=151936 on an AVX2 processor.
+BASELINE_LIMIT = 1e-4
 
 
 def cases(suite: str) -> Iterator[Case]:
@@ -36,7 +38,8 @@ def case(suite: str, batch: int, vocab: int, dtype: str) -> Case:
         errors = {}
         for name, call in calls.items():
             found = {"absolute": float((call() - wanted).abs().max())}
-            errors[name] = require(name, found, {"absolute": LIMIT})
+            limit = LIMIT if name == "mdkernels" else BASELINE_LIMIT
+            errors[name] = require(name, found, {"absolute": limit})
         return errors
 
     providers = [

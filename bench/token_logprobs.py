@@ -23,6 +23,8 @@ import mdkernels
 SHAPES = {"full": ((512, 50257),), "smoke": ((9, 1001),)}
 GOALS = {"fp32": {"stock": 5}, "bf16": {"stock": 30}}
 LIMIT = 2e-5  # absolute, on log-probabilities down to about -30
+# torch adds a row of fp32 exponentials up in fp32: 4e-5 off at V=151936 on an AVX2 processor.
+BASELINE_LIMIT = 1e-4
 
 
 def cases(suite: str) -> Iterator[Case]:
@@ -50,7 +52,8 @@ def case(suite: str, rows: int, vocab: int, dtype: str) -> Case:
         errors = {}
         for name, function in functions.items():
             found = {"absolute": float((function(logits, labels) - wanted).abs().max())}
-            errors[name] = require(name, found, {"absolute": LIMIT})
+            limit = LIMIT if name == "mdkernels" else BASELINE_LIMIT
+            errors[name] = require(name, found, {"absolute": limit})
         return errors
 
     providers = [
