@@ -4,6 +4,7 @@
 harness but these classes runs where there is no GPU. Its times mean nothing.
 """
 
+import abc
 import gc
 import os
 import platform
@@ -22,8 +23,8 @@ GRAPH_WARMUPS = 3
 HOST_CYCLES = 2_000_000  # of the device: about a millisecond, longer than queueing one call takes
 
 
-class Device:
-    """What both kinds share."""
+class Device(abc.ABC):
+    """What both kinds share, and what each has to do in its own way."""
 
     type = ""
     regimes: tuple[str, ...] = ()
@@ -49,11 +50,13 @@ class Device:
         found = [name for name in order if name in rows and name != "reference"]
         return found or ["reference"]
 
+    @abc.abstractmethod
     def peak(self, call: Callable, prepare: Callable | None) -> int | None:
-        raise NotImplementedError
+        """How far one call raises allocated memory; None where that cannot be read."""
 
+    @abc.abstractmethod
     def description(self) -> dict:
-        raise NotImplementedError
+        """What identifies the device in the results."""
 
 
 class Cuda(Device):
