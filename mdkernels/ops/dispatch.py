@@ -178,7 +178,7 @@ def define(op: str, function: str, schema: str, fake, mutates: bool = False, nee
     `need` maps the arguments to what the backend must be able to do (see `resolve`), or None.
 
     An eager call goes to the backend directly: the dispatcher's boxing of the arguments costs more
-    than a decode-sized kernel (25 of 60 us on one Zen 3 core). Whatever has to see the operator
+    than a decode-sized kernel (27 of 60 us on one Zen 3 core). Whatever has to see the operator
     still does, see `_needs_dispatcher`.
     """
     name = f"{op}_{function}"
