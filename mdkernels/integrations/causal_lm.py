@@ -1,0 +1,136 @@
+"""The sparse KL + CE loss of a Hugging Face causal LM, inside the model's own forward.
+
+The loss is computed where the LM head would have run: the model is called as always, through DDP,
+FSDP2, autocast or peft, and meanwhile its head takes the scored hidden states and answers with the
+loss. So every wrapper's hooks see a normal forward pass, and (B, T, V) logits never exist.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models import lm_head, model_id
+from ..ops.sparse_kl import SparseKLOutput, sparse_kl
+from ..ops.sparse_targets import SparseTargets
+from .windows import IGNORE_INDEX
+
+# Exact in fp32, bf16 and fp16, and far from what a capped or scaled logit could still be.
+_MARK = 2.0**14
+_unchanged: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def causal_lm_loss(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    *,
+    kl_weight: float = 0.5,
+    reduction: str = "mean",
+) -> SparseKLOutput:
+    """The Memory Decoder loss (arXiv 2508.09874, eq. 4-6) of a batch; call .loss.backward().
+
+    Equivalent to, without the (B, T, V) logits and with gradients for all parameters::
+
+        logits = model(input_ids, attention_mask).logits.flatten(0, 1)[scored]
+        labels = shift_labels.flatten()[scored]
+        sparse_kl(logits, targets, labels, kl_weight=kl_weight, reduction=reduction)
+
+    Args:
+        model: a Hugging Face causal LM on the device of the batch, possibly wrapped in DDP or
+            sharded by `fully_shard`. Its head must be a linear layer.
+        batch: as `SparseTargetsCollator` makes it; `scored` may be missing (it is then found by
+            waiting for the device), `targets` only if kl_weight is 0.
+        reduction: "mean" over the scored positions, or "sum".
+
+    Returns:
+        SparseKLOutput(loss, kl, ce) in nats; kl and ce are detached.
+
+    Raises ValueError for a model that this cannot be done with, naming what it does instead: one
+    that changes its logits behind the head, was compiled as a whole, or runs in DataParallel.
+    """
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
+    inner = _unwrap(model)
+    head = lm_head(inner)
+    labels = batch["shift_labels"].reshape(-1)
+    scored = batch.get("scored")
+    if scored is None:
+        scored = (labels != IGNORE_INDEX).nonzero().squeeze(1)
+    labels = labels.index_select(0, scored)
+    targets = batch.get("targets")
+    if targets is None:
+        if kl_weight:
+            raise ValueError(
+                f"batch: has no targets, which kl_weight {kl_weight} needs; got {sorted(batch)}"
+            )
+        targets = SparseTargets.empty(len(labels), device=labels.device)
+    targets = targets.to(labels.device, non_blocking=True)
+
+    def loss_of(hidden: Tensor) -> Tensor:
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored)
+        logits = nn.functional.linear(rows, head.weight, head.bias)
+        # fp16 under loss scaling has no room for an unscaled gradient.
+        inplace = logits.dtype != torch.float16
+        out = sparse_kl(
+            logits, targets, labels, kl_weight=kl_weight, reduction=reduction, inplace=inplace
+        )
+        values = [out.loss, out.kl.detach(), out.ce.detach(), torch.full_like(out.loss, _MARK)]
+        # (1, 1, 4), as logits have three dimensions; no view, which FSDP2 would warn of.
+        return torch.stack([value.view(1, 1) for value in values], dim=-1)
+
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
+    with _instead_of(head, loss_of) as calls:
+        logits = model(**inputs, use_cache=False, return_dict=True).logits
+    if head not in _unchanged:  # once per model, because it waits for the device
+        if len(calls) != 1 or logits.numel() != 4 or float(logits.detach()[0, 0, 3]) != _MARK:
+            raise ValueError(
+                f"model {model_id(inner)} ({inner.config.model_type}) changes its logits after the "
+                "LM head, or calls it more than once; compute its logits and call "
+                "mdkernels.sparse_kl on the scored rows"
+            )
+        _unchanged.add(head)
+    return SparseKLOutput(*logits[0, 0, :3].unbind())
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    while True:
+        if isinstance(model, nn.DataParallel):
+            raise ValueError(
+                "model: is wrapped in DataParallel, which cannot split sparse targets; start one "
+                "process per GPU (torchrun, accelerate launch) or show this one a single GPU"
+            )
+        if hasattr(model, "_orig_mod") or model._compiled_call_impl is not None:
+            raise ValueError(
+                "model: was compiled as a whole, and the loss runs inside its forward; compile "
+                "model.base_model.compile() only"
+            )
+        inner = getattr(model, "module", None)
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+@contextmanager
+def _instead_of(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[list[int]]:
+    """Within the context, `head(x)` is `function(x)` amid the head's hooks; yields a call log."""
+    if "forward" in vars(head):
+        raise ValueError(
+            f"model: the forward of its LM head was already replaced, by {head.forward!r}; load it "
+            "without device_map or offloading"
+        )
+    calls: list[int] = []
+
+    def forward(hidden: Tensor) -> Tensor:
+        calls.append(len(calls))
+        return function(hidden)
+
+    head.forward = forward
+    try:
+        yield calls
+    finally:
+        del head.forward

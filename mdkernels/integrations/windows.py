@@ -1,0 +1,179 @@
+"""The pipeline's corpus and targets as a torch dataset, and the batches other trainers take.
+
+Examples use the names of Hugging Face: `labels` are not yet shifted (labels[t] is input_ids[t], or
+-100), `shift_labels` are (shift_labels[t] is the token after position t). Position t is scored
+where its next token is not -100, and `targets` has one row per scored position, in order.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+
+from ..batches import concatenate_rows
+from ..corpus import Corpus, open_corpus
+from ..targets import TargetStore, open_targets
+
+IGNORE_INDEX = -100
+_KNOWN = {"input_ids", "labels", "shift_labels", "attention_mask", "targets"}
+
+
+class WindowDataset(Dataset):
+    """The windows of a corpus (see `corpus.windows`) with their kNN targets.
+
+    Item i is a dict:
+        input_ids: (T,) int64, T = min(block, rows of the corpus).
+        shift_labels: (T,) int64 next tokens; -100 where this window only reads and another scores.
+        targets: SparseTargets with one row per scored position: views of the memory-mapped file,
+            which must not be written to. Absent without `targets`, as for validation text.
+
+    Copies to other processes carry the paths, not the data.
+
+    Args:
+        corpus, targets: artefacts of those stages, opened or as directories.
+        block: tokens a window reads; `stride`: how many it scores (None: block // 2).
+
+    Raises ArtifactError when the targets are not those of the corpus.
+    """
+
+    def __init__(
+        self,
+        corpus: Corpus | str | os.PathLike,
+        targets: TargetStore | str | os.PathLike | None = None,
+        *,
+        block: int = 1024,
+        stride: int | None = None,
+    ):
+        self.corpus = open_corpus(corpus)
+        self.targets = None if targets is None else open_targets(targets)
+        if self.targets is not None:
+            self.targets.check_corpus(self.corpus)
+        self.block, self.stride = block, max(1, block // 2) if stride is None else stride
+        self.spans = self.corpus.windows(self.block, self.stride)
+        self.length = min(block, self.corpus.num_rows)
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        start, stop = map(int, self.spans[index])
+        first = stop - self.length
+        tokens = torch.from_numpy(self.corpus.token_ids[first : stop + 1].astype(np.int64))
+        shift_labels = tokens[1:].clone()
+        shift_labels[: start - first] = IGNORE_INDEX
+        item = {"input_ids": tokens[:-1], "shift_labels": shift_labels}
+        if self.targets is not None:
+            item["targets"] = self.targets.rows(start, stop)
+        return item
+
+    def __getstate__(self) -> dict[str, Any]:
+        targets = None if self.targets is None else self.targets.path
+        return {
+            "corpus": self.corpus.path,
+            "targets": targets,
+            "block": self.block,
+            "stride": self.stride,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)
+
+
+@dataclass(frozen=True)
+class SparseTargetsCollator:
+    """Examples to one batch, targets joined and never padded or dense.
+
+    An example is a mapping of input_ids (T,), `labels` or `shift_labels` (T,), optionally
+    `attention_mask` (T,), and `targets`: SparseTargets on the CPU with a row per scored position.
+    Integer lists do as vectors. Either all examples have targets or none.
+
+    Returns a dict of new tensors, B examples padded on the right to T, n scored positions:
+        input_ids: (B, T) int64.
+        shift_labels, labels: (B, T) int64 next tokens, padded with -100; one and the same tensor.
+            The Trainer asks for `labels`, and both it and Hugging Face losses prefer
+            `shift_labels` where they would have shifted `labels`.
+        scored: (n,) int64, the scored positions within the flattened B * T.
+        attention_mask: (B, T) int64, only if some example has one or is shorter than the others.
+        targets: SparseTargets of n rows; it has .to(device), .pin_memory() and can be pickled.
+
+    Raises ValueError naming the example that is not as described.
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not examples:
+            raise ValueError("examples: got none, expected one or more")
+        parts = [_check(number, example) for number, example in enumerate(examples)]
+        shift_labels = _pad([part["shift_labels"] for part in parts], IGNORE_INDEX)
+        batch = {
+            "input_ids": _pad([part["input_ids"] for part in parts], self.pad_token_id),
+            "labels": shift_labels,
+            "shift_labels": shift_labels,
+            "scored": (shift_labels.view(-1) != IGNORE_INDEX).nonzero().squeeze(1),
+        }
+        lengths = {len(part["input_ids"]) for part in parts}
+        if len(lengths) > 1 or any("attention_mask" in part for part in parts):
+            masks = [
+                part.get("attention_mask", torch.ones_like(part["input_ids"])) for part in parts
+            ]
+            batch["attention_mask"] = _pad(masks, 0)
+        given = ["targets" in part for part in parts]
+        if any(given):
+            if not all(given):
+                raise ValueError(
+                    f"examples: number {given.index(False)} has no targets, but others have; use "
+                    "SparseTargets.empty(n) for n scored positions without any"
+                )
+            batch["targets"] = concatenate_rows([part["targets"] for part in parts])
+        return batch
+
+
+def _check(number: int, example: Mapping[str, Any]) -> dict[str, Any]:
+    """The example with tensors, and its labels shifted."""
+    unknown = sorted(set(example) - _KNOWN)
+    if unknown:
+        raise ValueError(
+            f"examples: number {number} has {unknown}, expected only {sorted(_KNOWN)}; remove the "
+            "other columns from the dataset"
+        )
+    if "input_ids" not in example or ("labels" in example) == ("shift_labels" in example):
+        raise ValueError(
+            f"examples: number {number} has {sorted(example)}; expected input_ids, and labels "
+            "(labels[t] is input_ids[t]) or shift_labels (shift_labels[t] comes after position t)"
+        )
+    part = {
+        name: torch.as_tensor(value, dtype=torch.int64)
+        for name, value in example.items()
+        if name != "targets"
+    }
+    if "labels" in part:
+        labels = part.pop("labels")
+        part["shift_labels"] = torch.cat([labels[1:], labels.new_full((1,), IGNORE_INDEX)])
+    shapes = {name: tuple(value.shape) for name, value in part.items()}
+    if part["input_ids"].ndim != 1 or len(set(shapes.values())) != 1:
+        raise ValueError(
+            f"examples: number {number} has shapes {shapes}, expected vectors of one length"
+        )
+    targets = example.get("targets")
+    if targets is not None:
+        scored = int((part["shift_labels"] != IGNORE_INDEX).sum())
+        if targets.num_rows != scored:
+            raise ValueError(
+                f"examples: number {number} has {targets.num_rows} rows of targets for {scored} "
+                "scored positions; pick them with targets.select(mask)"
+            )
+        part["targets"] = targets
+    return part
+
+
+def _pad(vectors: list[Tensor], value: int) -> Tensor:
+    return pad_sequence(vectors, batch_first=True, padding_value=value)
