@@ -14,6 +14,7 @@ from mdkernels import SparseTargets
 from mdkernels.artifact import ArtifactError
 from mdkernels.integrations import causal_lm
 from mdkernels.integrations.causal_lm import causal_lm_loss
+from mdkernels.integrations.keys import KeyDataset
 from mdkernels.integrations.windows import SparseTargetsCollator, WindowDataset
 
 
@@ -199,3 +200,22 @@ def test_models_it_cannot_serve_are_refused(batch):
     model.lm_head.forward = model.lm_head.forward
     with pytest.raises(ValueError, match="already replaced"):
         causal_lm_loss(model, batch)
+
+
+def test_keys_with_their_targets(data, tmp_path):
+    root = data.targets.path.parent
+    rows = KeyDataset(root / "datastore", data.targets, batch_size=100)
+    copy = pickle.loads(pickle.dumps(rows))
+    store = rows.datastore
+    items = list(DataLoader(copy, batch_size=None, num_workers=1))
+    assert [len(item["labels"]) for item in items[:-1]] == [100] * (len(rows) - 1)
+    assert torch.equal(torch.cat([i["keys"] for i in items]), torch.tensor(store.keys).float())
+    labels = torch.cat([item["labels"] for item in items])
+    assert labels.tolist() == data.corpus.token_ids[1:].tolist()
+    found = SparseTargets.cat([item["targets"] for item in items])
+    expected = data.targets.rows(0, store.num_rows)
+    assert torch.equal(found.row_offsets, expected.row_offsets)
+    assert torch.equal(found.token_ids, expected.token_ids)
+    other = make_targets(make_corpus(tmp_path / "corpus", count=3), tmp_path)
+    with pytest.raises(ArtifactError, match="datastore"):
+        KeyDataset(root / "datastore", other)

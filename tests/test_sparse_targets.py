@@ -303,3 +303,21 @@ def test_pin_memory():
 def test_fields_cannot_be_rebound():
     with pytest.raises(AttributeError):
         csr(ROWS).probs = torch.zeros(6)
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=4))
+def test_cat_is_the_inverse_of_rows(cuts):
+    targets = csr(ROWS)
+    bounds = [0, *sorted(cuts), 4]
+    pieces = [targets.rows(a, b) for a, b in itertools.pairwise(bounds)]
+    joined = SparseTargets.cat(pieces)
+    assert listed(joined) == listed(targets)
+    assert joined.probs.data_ptr() != targets.probs.data_ptr()
+
+
+def test_cat_widens_probabilities_and_needs_a_piece():
+    joined = SparseTargets.cat([csr(ROWS, torch.float16), csr(ROWS)])
+    assert joined.probs.dtype == torch.float32
+    assert listed(joined) == 2 * listed(csr(ROWS))
+    with pytest.raises(ValueError, match="pieces: expected one or more"):
+        SparseTargets.cat([])

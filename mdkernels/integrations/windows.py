@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
-from ..batches import concatenate_rows
 from ..corpus import Corpus, open_corpus
+from ..ops.sparse_targets import SparseTargets
 from ..targets import TargetStore, open_targets
 
 IGNORE_INDEX = -100
@@ -75,10 +75,9 @@ class WindowDataset(Dataset):
         return item
 
     def __getstate__(self) -> dict[str, Any]:
-        targets = None if self.targets is None else self.targets.path
         return {
             "corpus": self.corpus.path,
-            "targets": targets,
+            "targets": None if self.targets is None else self.targets.path,
             "block": self.block,
             "stride": self.stride,
         }
@@ -133,7 +132,7 @@ class SparseTargetsCollator:
                     f"examples: number {given.index(False)} has no targets, but others have; use "
                     "SparseTargets.empty(n) for n scored positions without any"
                 )
-            batch["targets"] = concatenate_rows([part["targets"] for part in parts])
+            batch["targets"] = SparseTargets.cat([part["targets"] for part in parts])
         return batch
 
 

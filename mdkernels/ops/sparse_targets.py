@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -211,6 +212,20 @@ class SparseTargets:
             torch.empty(0, dtype=torch.int32, device=device),
             torch.empty(0, dtype=torch.float32, device=device),
         )
+
+    @classmethod
+    def cat(cls, pieces: Sequence[SparseTargets]) -> SparseTargets:
+        """The rows of all `pieces`, one after the other, in new tensors: `torch.cat` for targets.
+
+        Probabilities take the widest dtype among the pieces. Raises ValueError without a piece.
+        """
+        if not pieces:
+            raise ValueError("pieces: expected one or more SparseTargets, got none")
+        lengths = torch.cat([piece.row_offsets.diff() for piece in pieces])
+        offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
+        torch.cumsum(lengths, 0, out=offsets[1:])
+        ids, probs = ([getattr(p, name) for p in pieces] for name in ("token_ids", "probs"))
+        return cls(offsets, torch.cat(ids), torch.cat(probs))
 
 
 def _offsets(rows: Tensor, num_rows: int) -> Tensor:
