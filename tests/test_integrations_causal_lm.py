@@ -5,7 +5,7 @@ import pickle
 import pytest
 import torch
 from integration_fixtures import assert_close, dense_loss, gradients
-from pipeline_fixtures import FAMILIES, VOCAB_SIZE, tiny_model
+from pipeline_fixtures import FAMILIES, HIDDEN_SIZE, VOCAB_SIZE, tiny_model
 from torch.utils.data import DataLoader
 from train_fixtures import BLOCK, STRIDE, make_corpus, make_targets
 from transformers import Gemma2Config, Gemma2ForCausalLM
@@ -134,18 +134,18 @@ def test_loss_and_gradients_equal_the_dense_ones(batch, family, monkeypatch):
     model = tiny_model(family).double()
     expected = gradients(model, loss := dense_loss(model, batch, 0.3))
     shapes = []
-    original = causal_lm.sparse_kl
+    original = causal_lm.linear_sparse_kl
     monkeypatch.setattr(
         causal_lm,
-        "sparse_kl",
-        lambda logits, *a, **k: shapes.append(logits.shape) or original(logits, *a, **k),
+        "linear_sparse_kl",
+        lambda hidden, *a, **k: shapes.append(hidden.shape) or original(hidden, *a, **k),
     )
     for given in (batch, {k: v for k, v in batch.items() if k != "scored"}):
         out = causal_lm_loss(model, given, kl_weight=0.3)
         assert float(out.loss) == pytest.approx(float(loss), rel=1e-6)
         assert float(0.3 * out.kl + 0.7 * out.ce) == pytest.approx(float(loss), rel=1e-6)
         assert_close(gradients(model, out.loss), expected, 1e-6)
-    assert shapes == 2 * [(BLOCK + 2 * STRIDE, VOCAB_SIZE)]
+    assert shapes == 2 * [(BLOCK + 2 * STRIDE, HIDDEN_SIZE)]
     # The head is itself again.
     assert model(batch["input_ids"]).logits.shape == (3, BLOCK, VOCAB_SIZE)
 

@@ -2,7 +2,8 @@
 
 The loss is computed where the LM head would have run: the model is called as always, through DDP,
 FSDP2, autocast or peft, and meanwhile its head takes the scored hidden states and answers with the
-loss. So every wrapper's hooks see a normal forward pass, and (B, T, V) logits never exist.
+loss of `linear_sparse_kl`. So every wrapper's hooks see a normal forward pass, and logits exist
+for a chunk of scored rows at a time.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..models import lm_head, model_id
-from ..ops.sparse_kl import SparseKLOutput, sparse_kl
+from ..ops.linear_sparse_kl import linear_sparse_kl
+from ..ops.sparse_kl import SparseKLOutput
 from ..ops.sparse_targets import SparseTargets
 from .windows import IGNORE_INDEX
 
@@ -34,7 +36,7 @@ def causal_lm_loss(
 ) -> SparseKLOutput:
     """The Memory Decoder loss (arXiv 2508.09874, eq. 4-6) of a batch; call .loss.backward().
 
-    Equivalent to, without the (B, T, V) logits and with gradients for all parameters::
+    Equivalent to, with gradients for all parameters and no logits beyond a chunk of rows::
 
         logits = model(input_ids, attention_mask).logits.flatten(0, 1)[scored]
         labels = shift_labels.flatten()[scored]
@@ -73,12 +75,8 @@ def causal_lm_loss(
 
     def loss_of(hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored)
-        logits = nn.functional.linear(rows, head.weight, head.bias)
-        # fp16 under loss scaling has no room for an unscaled gradient.
-        inplace = logits.dtype != torch.float16
-        out = sparse_kl(
-            logits, targets, labels, kl_weight=kl_weight, reduction=reduction, inplace=inplace
-        )
+        options = {"bias": head.bias, "kl_weight": kl_weight, "reduction": reduction}
+        out = linear_sparse_kl(rows, head.weight, targets, labels, **options)
         values = [out.loss, out.kl.detach(), out.ce.detach(), torch.full_like(out.loss, _MARK)]
         # (1, 1, 4), as logits have three dimensions; no view, which FSDP2 would warn of.
         return torch.stack([value.view(1, 1) for value in values], dim=-1)

@@ -11,7 +11,7 @@ from transformers import Trainer, TrainingArguments
 
 from ..ops.checks import probability
 from .causal_lm import causal_lm_loss
-from .windows import SparseTargetsCollator
+from .windows import IGNORE_INDEX, SparseTargetsCollator
 
 
 class SparseKLTrainer(Trainer):
@@ -64,21 +64,27 @@ class SparseKLTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch in nats, scaled for the optimizer step it belongs to."""
+        """The loss of one micro-batch in nats, scaled for the optimizer step it belongs to.
+
+        With `return_outputs` also {"loss", "kl", "ce"}, kl and ce per scored position of this
+        batch: what `compute_metrics` sees as predictions. There are no logits.
+        """
         without = not model.training and "targets" not in inputs
         kl_weight = 0.0 if without else self.kl_weight
         out = causal_lm_loss(model, inputs, kl_weight=kl_weight, reduction="sum")
-        rows = (inputs["labels"] != -100).sum()
-        loss = out.loss / torch.as_tensor(
-            rows if num_items_in_batch is None else num_items_in_batch
-        ).clamp(min=1)
+        rows = (inputs["shift_labels"] != IGNORE_INDEX).sum()
+        count = rows if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = out.loss / count.clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             # The count is that of all processes, and DDP is going to average their gradients.
             loss = loss * self.accelerator.num_processes
         if model.training:
             sums = torch.stack([out.kl, out.ce, rows.to(out.kl.dtype)])
             self._sums = sums if self._sums is None else self._sums + sums
-        return (loss, {"loss": loss, "kl": out.kl, "ce": out.ce}) if return_outputs else loss
+        if not return_outputs:
+            return loss
+        mine = rows.clamp(min=1)
+        return loss, {"loss": loss, "kl": out.kl / mine, "ce": out.ce / mine}
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums is not None:
