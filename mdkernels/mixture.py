@@ -99,10 +99,6 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
             self.add_module(f"memory_{i}", one)
         # generate() asks the top configuration which attention runs.
         config._attn_implementation_internal = self.base.config._attn_implementation
-        # The widest, so that a saved mixture loads without loss; each model then gets its own.
-        for one in models:
-            one.config.dtype = one.dtype
-        config.dtype = max((one.dtype for one in models), key=lambda dtype: dtype.itemsize)
         self.generation_config = copy.deepcopy(self.base.generation_config)
         self.post_init()
         self.eval()
@@ -136,9 +132,9 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
         chosen = {name: value for name, value in chosen.items() if value is not None}
         if memory is None:
             mixture = super().from_pretrained(base, dtype=dtype, **kwargs)
-            if dtype == "auto":
-                for model in mixture.models:
-                    model.to(model.config.dtype)
+            if dtype != "auto":  # each model was built in the dtype it was saved in
+                dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+                mixture.to(dtype)
             for name, value in chosen.items():
                 setattr(mixture, name, value)
             return mixture if device is None else mixture.to(device)
@@ -150,6 +146,13 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
             place = source.device if stays else device or "cpu"
             loaded.append(load_model(source, dtype=dtype, device=place, **kwargs))
         return cls(loaded[0], loaded[1:], **chosen)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any):
+        """As of any model; `from_pretrained` and AutoModelForCausalLM load it. Each model keeps its
+        dtype. AutoModelForCausalLM knows mixtures once mdkernels.mixture is imported."""
+        for model in self.models:
+            model.config.dtype = model.dtype
+        return super().save_pretrained(*args, **kwargs)
 
     @property
     def models(self) -> list[PreTrainedModel]:
@@ -295,6 +298,12 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
         raise ValueError(checks.NO_CONTINUOUS_BATCHING)
 
     continuous_batching_context_manager = init_continuous_batching
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, tokenizer=None, assistant_tokenizer=None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As of any model; generate() hands tokenizers on to here, which forward has no use for."""
+        return super().prepare_inputs_for_generation(input_ids, **kwargs)
 
     def create_masks_for_generate(
         self, config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
