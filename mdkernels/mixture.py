@@ -235,10 +235,9 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
             position_ids = positions[:, -input_ids.shape[1] :]
         logits = []
         for i, (model, view) in enumerate(zip(self.models, views, strict=True)):
-            mask = attention_mask[str(i)] if isinstance(attention_mask, dict) else attention_mask
             output = model(
                 input_ids=input_ids,
-                attention_mask=mask,
+                attention_mask=mask_of(i, attention_mask),
                 position_ids=position_ids,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
@@ -309,17 +308,14 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
         self, config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> dict[str, Any]:
         """4-D masks per model, made outside the compiled step: a 2-D mask grows with each token."""
-        views = kwargs.pop(CACHE).views
-        masks = {}
-        for i, (model, view) in enumerate(zip(self.models, views, strict=True)):
+        masks: dict[str, Any] = {}
+        for i, (model, view) in enumerate(zip(self.models, kwargs[CACHE].views, strict=True)):
             make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
-            options = {**kwargs, CACHE: view}
-            masks[str(i)] = make(
-                config=model.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                **options,
-            )
+            options = {**kwargs, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+            mask = make(config=model.config, **{**options, CACHE: view})
+            # Flat, as generate() expects: some families have one mask per kind of layer.
+            named = mask if isinstance(mask, dict) else {"": mask}
+            masks |= {f"{i}.{kind}": one for kind, one in named.items()}
         return masks
 
     def _validate_generated_length(self, generation_config, input_ids_length, *args) -> None:
@@ -343,6 +339,14 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
         # An assistant is a model of its own: it knows nothing of weights.
         kept = {name: value for name, value in model_kwargs.items() if name != "mix_weight"}
         return super()._get_candidate_generator(*args, model_kwargs=kept, **kwargs)
+
+
+def mask_of(i: int, masks: Tensor | dict[str, Any] | None) -> Any:
+    """Model i's part of what `create_masks_for_generate` made; anything else is for all."""
+    if not isinstance(masks, dict):
+        return masks
+    own = {name.split(".", 1)[1]: one for name, one in masks.items() if name.startswith(f"{i}.")}
+    return own.get("", own)
 
 
 def _widen(values: Tensor, width: int) -> Tensor:

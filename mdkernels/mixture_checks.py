@@ -161,8 +161,10 @@ def check_generate(
         if asked[name] is not None and asked[name] is not False:
             raise ValueError(f"{name}: {reason}")
     _check_ignored(mixture, config, kwargs)
-    for name in (CACHE, "past_key_values"):
-        check_cache(kwargs.get(name), mixture.models)
+    caches = [kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}
+    if caches:
+        kwargs[CACHE] = check_cache(caches[0], mixture.models)
     prompt = kwargs.get("input_ids") if inputs is None else inputs
     if isinstance(prompt, Tensor):
         check_input_ids(mixture.models, prompt)

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from mdkernels import mixture as mixture_module
 from mdkernels.mixture import MemoryMixture
+from mdkernels.mixture_cache import CACHE
 from mdkernels.mixture_config import MemoryMixtureConfig
 
 
@@ -168,7 +169,7 @@ def test_cache_operations_reach_every_model():
     mixture = mixture_of("llama", "gpt2")
     ids = torch.tensor([prompts(1)[0], prompts(1, seed=1)[0]])
     with torch.no_grad():
-        cache = mixture(ids).cache
+        cache = mixture(ids)[CACHE]
         assert len(cache) == 4
         assert [len(view) for view in cache.views] == [2, 2]
         assert cache.layers[2] is cache.views[1].layers[0]
@@ -208,7 +209,7 @@ def test_static_and_foreign_caches():
         mixture(ids[:, :2], cache=cache)
         found = mixture(ids[:, 2:], past_key_values=cache).logits
         torch.testing.assert_close(found, mixture(ids).logits[:, 2:], atol=1e-5, rtol=0)
-        assert mixture(ids, use_cache=False).cache is None
+        assert CACHE not in mixture(ids, use_cache=False)
     with pytest.raises(TypeError, match=r"mixture.new_cache\(\) makes one"):
         mixture(ids, cache=DynamicCache(config=mixture.base.config))
     with pytest.raises(TypeError, match="over 2 models"):

@@ -30,7 +30,7 @@ from transformers import (
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
-from mdkernels.mixture_cache import MixtureCache
+from mdkernels.mixture_cache import CACHE, MixtureCache
 
 NEW = 10
 
@@ -278,7 +278,7 @@ def test_continue_from_a_cache(mixture, static):
         return_dict_in_generate=True,
         **PLAIN,
     )
-    assert first.cache is cache
+    assert first[CACHE] is cache
     assert isinstance(cache, MixtureCache)
     grown = torch.cat([mask, mask.new_ones(3, 4)], 1)
     # The whole sequence again, or only what the cache has not seen: the last token.
@@ -305,10 +305,10 @@ def test_custom_generate_receives_cache_weights_and_processors(mixed):
         **model_kwargs,
     ):
         assert own == "mine"
-        assert isinstance(model_kwargs["cache"], MixtureCache)
+        assert isinstance(model_kwargs[CACHE], MixtureCache)
         assert model_kwargs["mix_weight"].shape == (2, 1)
         while not stopping_criteria(input_ids, None).all():
-            length = None if not model_kwargs["cache"].get_seq_length() else 1
+            length = None if not model_kwargs[CACHE].get_seq_length() else 1
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=length, **model_kwargs
             )
