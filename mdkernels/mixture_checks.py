@@ -203,6 +203,9 @@ def _check_ignored(mixture, config: GenerationConfig | None, kwargs: dict[str, A
     for name in ("do_sample", "num_beams"):
         if getattr(explicit, name) is None:
             setattr(explicit, name, getattr(defaults, name))
+    for new, whole in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if getattr(explicit, new) is not None and getattr(explicit, whole) is not None:
+            raise ValueError(f"{whole}: would be ignored beside {new}; give one of them")
     try:
         explicit.validate(strict=True)
     except ValueError as error:

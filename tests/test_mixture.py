@@ -231,6 +231,8 @@ def test_forward_refuses_what_does_not_fit():
         mixture(ids[:, :4], labels=ids[:, :4], logits_to_keep=1)
     with pytest.raises(ValueError, match=r"expected \(batch, length\)"):
         mixture(ids[0])
+    with pytest.raises(ValueError, match="resize base and memories"):
+        mixture.resize_token_embeddings(400)
 
 
 # ---- construction, saving, loading
