@@ -290,4 +290,4 @@ def _widen(values: Tensor, width: int) -> Tensor:
     return F.pad(values, (0, missing), value=-torch.inf) if missing else values
 
 
-AutoModelForCausalLM.register(MemoryMixtureConfig, MemoryMixture)
+AutoModelForCausalLM.register(MemoryMixtureConfig, MemoryMixture, exist_ok=True)

@@ -95,4 +95,4 @@ def _as_dict(config: PreTrainedConfig) -> dict[str, Any]:
     return output
 
 
-AutoConfig.register(MemoryMixtureConfig.model_type, MemoryMixtureConfig)
+AutoConfig.register(MemoryMixtureConfig.model_type, MemoryMixtureConfig, exist_ok=True)
