@@ -223,9 +223,15 @@ def check_prepared(mixture, config: GenerationConfig, model_kwargs: dict[str, An
     cache = model_kwargs.get(CACHE)
     read = config.max_length - 1  # the last new token is never read
     if cache is not None:
+        past, prompt = int(cache.get_seq_length()), config._prompt_length
         masked = mask.shape[1] if mask is not None else getattr(config, "_mask_length", 0)
-        if masked != config._prompt_length:  # only the new part of the prompt was passed
-            read += int(cache.get_seq_length())
+        if masked != prompt:  # only the new part of the prompt was passed
+            read += past
+        elif past >= prompt:
+            raise ValueError(
+                f"cache: holds {past} tokens, input_ids {prompt}; pass the whole sequence, or its "
+                "new part with an attention_mask over all of it"
+            )
         room = cache.get_max_length()
         if room not in (-1, None) and read > room:
             raise ValueError(f"cache: has room for {room} tokens, the request may read {read}")

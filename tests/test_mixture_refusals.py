@@ -9,6 +9,7 @@ from pipeline_fixtures import tiny_model
 from transformers import GenerationConfig
 
 from mdkernels.mixture import MemoryMixture
+from mdkernels.mixture_cache import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,24 @@ def test_refused_caches_and_weights_of_several(monkeypatch, mixed):
             method([[1, 2]])
     with pytest.raises(ValueError, match="no continuous batching"):
         mixed.continuous_batching_context_manager()
+
+
+def test_room_for_a_continued_sequence(mixed):
+    """Counted alike when the whole sequence is passed again and when only its new token is."""
+    ids = torch.tensor([prompts(1)[0]])
+    first = mixed.generate(
+        ids, max_new_tokens=4, cache=mixed.new_cache(20), return_dict_in_generate=True, **PLAIN
+    )
+    mask = torch.ones_like(first.sequences)  # 8 tokens, of which the cache holds 7
+    for passed in (first.sequences, first.sequences[:, -1:]):
+        options = {"attention_mask": mask, **PLAIN}
+        with pytest.raises(ValueError, match="room for 20 tokens, the request may read 21"):
+            mixed.generate(passed, max_new_tokens=14, cache=first[CACHE], **options)
+        twin = copy.deepcopy(first[CACHE])
+        found = mixed.generate(passed, max_new_tokens=13, cache=twin, **options)
+        assert found.shape[1] == passed.shape[1] + 13
+    with pytest.raises(ValueError, match="holds 7 tokens, input_ids 1; pass the whole"):
+        mixed.generate(first.sequences[:, -1:], max_new_tokens=2, cache=first[CACHE], **PLAIN)
 
 
 def test_defaults_of_the_checkpoint_are_not_options_of_the_caller(mixed):
