@@ -15,10 +15,12 @@ from mixture_fixtures import (
     oracle,
     prompts,
 )
-from pipeline_fixtures import tiny_tokenizer
+from pipeline_fixtures import tiny_model, tiny_tokenizer
 from transformers import (
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
+    MistralConfig,
+    MistralForCausalLM,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -28,6 +30,7 @@ from transformers import (
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
+from mdkernels.mixture import MemoryMixture
 from mdkernels.mixture_cache import CACHE, MixtureCache
 
 NEW = 10
@@ -100,6 +103,29 @@ def test_two_memories():
             greedy(mixture, row, NEW, weights=own)
             for row, own in zip(rows, weights.double().tolist(), strict=True)
         ]
+
+
+def test_a_sliding_window_beside_full_attention():
+    """Layers of different kinds in one cache; the prompt alone is longer than the window."""
+    config = MistralConfig(sliding_window=4, **tiny_model("llama").config.to_dict())
+    base = MistralForCausalLM(config).eval()
+    base.load_state_dict(tiny_model("llama").state_dict())
+    mixture = MemoryMixture(base, tiny_model("gpt2", seed=1), 0.5)
+    assert mixture.new_cache().is_sliding == [True, True, False, False]
+    rows = prompts()
+    ids, mask = left_padded(rows)
+    want = [greedy(mixture, row, NEW) for row in rows]
+    modes = [GREEDY_MODES[mode] for mode in ("plain", "static", "chunked prefill")]
+    for options in (*modes, {"cache": mixture.new_cache()}, {"cache": mixture.new_cache(40)}):
+        found = mixture.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW, **{**PLAIN, **options}
+        )
+        assert found[:, -NEW:].tolist() == want
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": mixture.memories[0]}):
+        found = mixture.generate(torch.tensor([rows[2]]), max_new_tokens=NEW, **PLAIN, **options)
+        assert found[0, -NEW:].tolist() == want[2]
+    found = mixture.generate(torch.tensor([rows[2]]), max_new_tokens=6, num_beams=3, **PLAIN)
+    assert found[0].tolist() == beam_search(mixture, rows[2], 6, 3)[0][0]
 
 
 def test_classifier_free_guidance(mixed):
