@@ -77,7 +77,7 @@ class MemoryMixture(PreTrainedModel, MixtureGenerationMixin):
         memory_temperature: float = 1.0,
     ):
         if isinstance(base, MemoryMixtureConfig):
-            checks.check_config_alone(memory)
+            checks.check_config_alone(base, memory)
             config, models = base, None
         else:
             memories = list(memory) if isinstance(memory, (list, tuple)) else [memory]
@@ -235,7 +235,8 @@ class MemoryMixture(PreTrainedModel, MixtureGenerationMixin):
         if use_cache and cache is None:
             cache = self.new_cache()
         views = cache.views if use_cache and cache is not None else [None] * len(self.models)
-        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.dim() < 4:
+        padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        if position_ids is None and padded:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             position_ids = positions[:, -input_ids.shape[1] :]
         logits = []

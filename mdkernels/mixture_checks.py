@@ -34,15 +34,21 @@ _REFUSED = {
     "output_component_logprobs": "call forward on the generated sequence",
     "assistant_early_exit": "a mixture has no layer to leave at",
     "use_mtp": "a mixture has no multi-token heads",
+    "speculation_type": "its drafts need the hidden states of one model",
     "dola_layers": "a mixture has no layers of its own to contrast",
     "penalty_alpha": "contrastive search needs the hidden states of one model",
 }
 
 
-def check_config_alone(memory: Any) -> None:
+def check_config_alone(config, memory: Any) -> None:
     if memory is not None:
         raise TypeError(
             "memory: a MemoryMixtureConfig already describes the memories; leave it out"
+        )
+    if config.base is None:
+        raise ValueError(
+            "base: this is not the configuration of a saved mixture; "
+            "MemoryMixture.from_pretrained(base, memory) mixes plain models"
         )
 
 

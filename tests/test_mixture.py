@@ -317,6 +317,8 @@ def test_from_pretrained_of_parts(tmp_path):
     assert live.base is mixture.base
     assert [model.dtype for model in live.models] == [torch.float32, torch.bfloat16]
     assert live.mix_weight == (0.5,)
+    with pytest.raises(ValueError, match="not the configuration of a saved mixture"):
+        MemoryMixture.from_pretrained(base)
     other = save_tiny_checkpoint(tmp_path / "other", "gpt2", vocab_size=330)
     with pytest.raises(ValueError, match="tokenizers differ"):
         MemoryMixture.from_pretrained(base, [memories[0], other], mix_weight=[0.2, 0.3])
