@@ -3,7 +3,8 @@
     <run>/checkpoints/step-00000128/
         config.json model.safetensors tokenizer.json ...     `from_pretrained` reads these
         training_state.safetensors                           AdamW moments, random state
-        training_state.json                                  step and bookkeeping, written last
+        training_state.json                                  step and bookkeeping
+        checksums.json                                       of all these, written last
 
 A checkpoint is written under another name, flushed to disk and renamed, and an old one is renamed
 before it is deleted, so a directory called `step-*` is always complete. Nothing is pickled.
@@ -19,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
+
+from .seal import seal
 
 _STATE_JSON = "training_state.json"
 _STATE_TENSORS = "training_state.safetensors"
@@ -42,12 +46,15 @@ def save(directory: Path, step: int, model, tokenizer, optimizer, extra: dict[st
         save_model(partial, model, tokenizer)
         save_file(_tensors(model, optimizer), partial / _STATE_TENSORS)
         (partial / _STATE_JSON).write_text(json.dumps({"step": step, **extra}))
+        seal(partial)
         sync_tree(partial)
         if final.exists():
             _discard(final)
         partial.rename(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # what its writer makes of a full disk
+            raise OSError(f"{final} could not be written: {error}") from error
         raise
     sync_path(directory)
     return final

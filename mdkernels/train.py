@@ -156,13 +156,13 @@ class _Run:
             metrics.unlink(missing_ok=True)
             torch.manual_seed(self.config.seed)
             return 0
-        path = checkpoint.path_of(self.work / "checkpoints", step)
+        path = preflight.usable_checkpoint(self.work / "checkpoints", step)
         state = checkpoint.restore(path, self.model, self.optimizer)
         # Rows behind the checkpoint, and a line that a kill cut short, will be written again.
         with open(metrics, "r+b") as stream:
             stream.truncate(state["metrics_bytes"])
             self.rows = [json.loads(line) for line in stream.read().splitlines()]
-        return step
+        return state["step"]
 
     def _loop(self, start: int) -> None:
         config = self.config
