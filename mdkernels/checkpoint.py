@@ -3,7 +3,8 @@
     <run>/checkpoints/step-00000128/
         config.json model.safetensors tokenizer.json ...     `from_pretrained` reads these
         training_state.safetensors                           AdamW moments
-        training_state.json                                  step and bookkeeping, written last
+        training_state.json                                  step and bookkeeping
+        checksums.json                                       of all these, written last
 
 With adapters there are adapter_config.json and adapter_model.safetensors instead of the model. The
 format does not depend on the number of processes or on how they share the weights: every process
@@ -23,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
 from . import lora
 from .distributed import Processes, gather
+from .seal import seal
 
 _STATE_JSON = "training_state.json"
 _STATE_TENSORS = "training_state.safetensors"
@@ -56,12 +59,15 @@ def save(
         save_model(partial, model, tokenizer)
         save_file(moments, partial / _STATE_TENSORS)
         (partial / _STATE_JSON).write_text(json.dumps({"step": step, **extra}))
+        seal(partial)
         sync_tree(partial)
         if final.exists():
             _discard(final)
         partial.rename(final)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, SafetensorError):  # what its writer makes of a full disk
+            raise OSError(f"{final} could not be written: {error}") from error
         raise
     sync_path(directory)
     return final

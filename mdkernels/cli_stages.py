@@ -166,7 +166,10 @@ TRAIN = Stage(
     "--out run/memory",
     (
         _CORPUS,
-        _path("targets", "targets directory of that corpus; not needed for objective ce"),
+        _path(
+            "targets",
+            "targets directory of that corpus, or the authors' .arrow file; none for objective ce",
+        ),
         _model("model", "initial model", required=True),
         _path("out", "model directory to write", required=True),
         _model("tokenizer", "tokenizer, if the model directory has none"),

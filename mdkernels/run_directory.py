@@ -55,11 +55,11 @@ class RunDirectory:
         start = Start()
         step = self.writer.state.get("step", 0) if self.config.resume else 0
         if step:
-            path = self.checkpoint(step)
+            path = preflight.usable_checkpoint(self.checkpoints, step)
             state = checkpoint.read_state(path)
             checkpoint.restore_model(path, model)
             rows = metrics.cut(self.metrics, state["metrics_bytes"])
-            start = Start(step, rows, state["best"])
+            start = Start(state["step"], rows, state["best"])
         else:
             shutil.rmtree(self.work / "checkpoints", ignore_errors=True)
             self.metrics.unlink(missing_ok=True)

@@ -67,6 +67,4 @@ class Schedule:
                 yield part.first, part.stop
 
     def _rows(self, first: int, stop: int) -> int:
-        count = len(self.data)
-        picked = [self.data.order(g // count)[g % count] for g in range(first, stop)]
-        return int(np.diff(self.data.spans[picked], axis=1).sum())
+        return int(np.diff(self.data.picked(first, stop), axis=1).sum())

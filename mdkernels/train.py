@@ -43,6 +43,7 @@ from .memory_loss import MemoryLoss
 from .metrics import Metrics, check_trackers, start_trackers
 from .models import load_model, model_hash
 from .optimizer import adamw, lr_factor
+from .prefetch import Prefetcher
 from .run_directory import RunDirectory
 from .schedule import Schedule
 from .scoring import unpadded
@@ -212,10 +213,6 @@ class _Run:
         """Train from step `start` to the end, or until it stops early; the last step done."""
         config, steps, step = self.config, self.schedule.steps, start
         flush_every = 1 if self.device.type == "cpu" else config.log_every
-        self.batches = (
-            self.data.take(first, stop, config.batch_size).to(self.device)
-            for first, stop in self.schedule.ranges(start)
-        )
         bar = tqdm(
             total=steps,
             initial=start,
@@ -224,7 +221,9 @@ class _Run:
             disable=None if self.processes.is_main else True,
         )
         notice = "finishing this step and saving it; Ctrl-C again aborts"
-        with bar, CtrlC(notice) as self.ctrl_c:
+        ranges = self.schedule.ranges(start)
+        batches = Prefetcher(self.data, ranges, config.batch_size, self.device)
+        with bar, CtrlC(notice) as self.ctrl_c, batches as self.batches:
             self.model.train()
             self.mark = time.perf_counter()
             while step < steps and not (self.best is not None and self.best.exhausted):

@@ -48,7 +48,7 @@ class TrainConfig:
     out: str | os.PathLike
     """Directory to write; it appears when training is complete."""
     targets: Any = None
-    """kNN targets of the corpus: directory or opened object. Only objective "ce" works without."""
+    """kNN targets of the corpus: what `open_targets` takes. Only objective "ce" works without."""
     tokenizer: Any = None
     """Tokenizer to store beside the weights: directory, hub id or object. None: that of `model`."""
 
