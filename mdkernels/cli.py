@@ -56,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         how = str(stop) or (
             "interrupted; the same command continues from its last checkpoint, if it has made one"
         )
-        print(f"\nmdkernels {stage.name}: {how}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one is enough
+            print(f"\nmdkernels {stage.name}: {how}", file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_users(error):

@@ -7,6 +7,7 @@ difference from checkpoints, whose format is therefore the same for all three.
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,8 @@ class Processes:
                 "rank; pass auto, cpu or cuda"
             )
         _refuse_what_would_be_ignored()
-        state = _accelerate().PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+        on_cpu = resolve_device(device).type == "cpu"
+        state = _accelerate().PartialState(cpu=on_cpu, timeout=_PATIENCE)
         self.rank, self.count = state.process_index, state.num_processes
         self.device = state.device
         fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
@@ -99,9 +101,11 @@ class Processes:
         if self.count == 1:
             return module
         if not self.sharded:
-            return DistributedDataParallel(
-                module, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            # Buffers are constants here. torch 2.13 renames the option.
+            known = inspect.signature(DistributedDataParallel).parameters
+            names = ("forward_sync_buffers", "broadcast_buffers")
+            constant = {next(name for name in names if name in known): False}
+            return DistributedDataParallel(module, gradient_as_bucket_view=True, **constant)
         mesh = dist.init_device_mesh(self.device.type, (self.count,))
         for child in list(module.modules()):
             if type(child).__name__ in blocks:

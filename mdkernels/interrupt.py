@@ -16,12 +16,13 @@ class Interrupted(KeyboardInterrupt):
 
 
 class CtrlC:
-    """Within the context the first Ctrl-C sets `pressed`; another one aborts as usual.
+    """Within the context the first Ctrl-C prints `notice` and sets `pressed`; another one aborts as
+    usual.
 
     Only the main thread can have it, and only where nobody else handles Ctrl-C.
     """
 
-    def __init__(self, notice: str):
+    def __init__(self, notice: str | None):
         self.notice, self.pressed, self._since = notice, False, 0.0
 
     def __enter__(self) -> CtrlC:
@@ -40,6 +41,7 @@ class CtrlC:
     def _handle(self, number, frame) -> None:
         if not self.pressed:
             self.pressed, self._since = True, time.monotonic()
-            print(f"\n{self.notice}", file=sys.stderr, flush=True)
+            if self.notice is not None:
+                print(f"\n{self.notice}", file=sys.stderr, flush=True)
         elif time.monotonic() - self._since > _SAME_KEYPRESS_SECONDS:
             signal.default_int_handler(number, frame)

@@ -40,6 +40,11 @@ class Schedule:
         else:
             self.windows = math.ceil(config.epochs * len(data))
             self.steps = math.ceil(self.windows / self.per_step)
+        if config.warmup_steps > self.steps:
+            raise ValueError(
+                f"warmup_steps: {config.warmup_steps} are more than the {self.steps} steps of this "
+                "run, which would never reach lr; lower it"
+            )
 
     def epochs(self, step: int) -> float:
         """Passes over the corpus up to and with `step`."""

@@ -192,6 +192,7 @@ class _Run:
             disable=None if self.processes.is_main else True,
         )
         notice = "finishing this step and saving it; Ctrl-C again aborts"
+        notice = notice if self.processes.is_main else None
         ranges = self.schedule.ranges(start)
         batches = Prefetcher(self.data, ranges, config.batch_size, self.device)
         with bar, CtrlC(notice) as self.ctrl_c, batches as self.batches:

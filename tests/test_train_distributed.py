@@ -65,6 +65,12 @@ def test_two_processes_give_the_result_of_one(found, data, tmp_path, mode):
         assert (together["weights"][name] - expected).abs().max() < 0.02 * 3e-3, name
 
 
+def test_ddp_exchanges_gradients_once_a_step_whatever_the_accumulation(found):
+    # The first step may split its gradients otherwise: DDP learns their order in it.
+    assert SHARED["grad_accum"] == 2
+    assert found[0]["ddp-exchanges"] == len(found[0]["ddp"]["rows"])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(found, mode):
     assert found[0][f"{mode}-stop"] == "Stop: enough"

@@ -224,6 +224,8 @@ def test_options_outside_their_range_are_refused(data, tmp_path, changes, messag
 def test_what_cannot_work_here_is_refused_before_the_first_step(data, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="needs several processes and there is one"):
         train(config(data, tmp_path / "out", parallel="ddp"))
+    with pytest.raises(ValueError, match="warmup_steps: 13 are more than the 12 steps"):
+        train(config(data, tmp_path / "out", warmup_steps=13))
     with pytest.raises(ValueError, match="there are none: give valid and base, or on_eval"):
         train(config(data, tmp_path / "out", patience=1, eval_every=1))
     with pytest.raises(ValueError, match=r"unknown tracker 'tensorbord', expected .*tensorboard"):

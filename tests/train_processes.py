@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 from pipeline_fixtures import tiny_model
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from train_fixtures import config, steps
 from transformers import AutoModelForCausalLM
 
+import mdkernels.train
 from mdkernels.corpus import open_corpus
-from mdkernels.distributed import leave
+from mdkernels.distributed import Processes, leave
 from mdkernels.targets import open_targets
 from mdkernels.train import TrainResult, train
 
@@ -55,6 +58,23 @@ def stop_at_three(model, step):
     return {"step": step}
 
 
+class Wrapped(Processes):
+    """Counts how often DDP exchanges gradients: these models are one bucket."""
+
+    exchanges = 0
+
+    def wrap(self, module, blocks):
+        wrapped = super().wrap(module, blocks)
+        if isinstance(wrapped, DistributedDataParallel):
+            wrapped.register_comm_hook(None, self.exchange)
+        return wrapped
+
+    @staticmethod
+    def exchange(state, bucket):
+        Wrapped.exchanges += 1
+        return allreduce_hook(state, bucket)
+
+
 def cases(rank: int, data, out: Path) -> dict:
     found = {}
 
@@ -64,6 +84,7 @@ def cases(rank: int, data, out: Path) -> dict:
 
     for mode in FAMILY:
         found[mode] = train(settings(mode, mode))
+        found[f"{mode}-exchanges"], Wrapped.exchanges = Wrapped.exchanges, 0
         random = {"model": dropout(tiny_model(FAMILY[mode], seed=3)), "eval_every": 1}
         whole = train(settings(f"{mode}-whole", mode, **random))
         stopped = settings(f"{mode}-resumed", mode, **random)
@@ -107,6 +128,7 @@ def plain(value):
 
 def main() -> None:
     torch.set_num_threads(1)
+    mdkernels.train.Processes = Wrapped
     corpus, targets, out = sys.argv[1:]
     rank = int(os.environ["RANK"])
     found = cases(rank, (open_corpus(corpus), open_targets(targets)), Path(out))
