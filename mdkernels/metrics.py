@@ -72,7 +72,7 @@ def check_finite(step: int, measures: Sequence[float]) -> None:
 
 
 def start_trackers(
-    names: Sequence[str], directory: Path, run: str, settings: Mapping[str, Any], start: int
+    names: Sequence[str], directory: Path, settings: Mapping[str, Any], start: int
 ) -> list[Any]:
     """accelerate's trackers, started; their files go to `directory`.
 
@@ -88,7 +88,7 @@ def start_trackers(
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
         where = {"logging_dir": directory} if tracker_class.requires_logging_directory else {}
         more = {"purge_step": start + 1} if name == "tensorboard" and start else {}
-        tracker = tracker_class(run, **where, **more)
+        tracker = tracker_class("mdkernels", **where, **more)
         tracker.start()
         if start == 0:
             plain = (bool, int, float, str)

@@ -3,7 +3,7 @@
 <out>.partial/run.json          config and inputs, compared before a run is continued
               metrics.jsonl
               checkpoints/      see checkpoint.py
-              <tracker>/        e.g. the event files of TensorBoard
+              tracking/         e.g. the event files of TensorBoard
 <out>/                          the same with the finished model, once it is complete
 """
 
@@ -71,7 +71,7 @@ class RunDirectory:
         """The log of this run, which has `rows` already, and its trackers."""
         start = max((row["step"] for row in rows), default=0)
         trackers = metrics.start_trackers(
-            self.config.track or (), self.work, self.out.name, self.config.identity(), start
+            self.config.track or (), self.work / "tracking", self.config.identity(), start
         )
         return metrics.Metrics(rows, self.metrics, trackers)
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from .value_checks import check_choice, check_integer, check_number
 
 OBJECTIVES = ("kl_ce", "kl", "ce")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -133,54 +134,54 @@ class TrainConfig:
     """Continue an interrupted run of the same config; False starts again."""
 
     def __post_init__(self) -> None:
-        _choice("objective", self.objective, OBJECTIVES)
-        _choice("schedule", self.schedule, SCHEDULES)
-        _choice("dtype", self.dtype, tuple(DTYPES))
+        check_choice("objective", self.objective, OBJECTIVES)
+        check_choice("schedule", self.schedule, SCHEDULES)
+        check_choice("dtype", self.dtype, tuple(DTYPES))
         if self.objective != "ce" and self.targets is None:
             raise ValueError(
                 f"objective {self.objective!r} learns from kNN targets, got targets=None; "
                 'build them with `mdkernels targets`, or use objective "ce"'
             )
         if self.kl_weight is not None:
-            _number("kl_weight", self.kl_weight, least=0.0, most=1.0)
+            check_number("kl_weight", self.kl_weight, least=0.0, most=1.0)
             if self.objective != "kl_ce":
                 raise ValueError(
                     f'kl_weight belongs to objective "kl_ce", got {self.kl_weight} with '
                     f"{self.objective!r}; leave it out"
                 )
-        _integer("block", self.block, 1)
+        check_integer("block", self.block, 1)
         if self.stride is not None:
-            _integer("stride", self.stride, 1, self.block)
+            check_integer("stride", self.stride, 1, self.block)
         for name in ("batch_size", "grad_accum", "log_every", "keep"):
-            _integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1)
         for name in ("max_steps", "eval_every", "save_every"):
             if getattr(self, name) is not None:
-                _integer(name, getattr(self, name), 1)
+                check_integer(name, getattr(self, name), 1)
         for name in ("warmup_steps", "seed"):
-            _integer(name, getattr(self, name), 0)
+            check_integer(name, getattr(self, name), 0)
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(
                 f"give one of epochs and max_steps, got epochs={self.epochs!r} and "
                 f"max_steps={self.max_steps!r}"
             )
         if self.epochs is not None:
-            _number("epochs", self.epochs, above=0.0)
-        _number("lr", self.lr, above=0.0)
-        _number("weight_decay", self.weight_decay, least=0.0)
+            check_number("epochs", self.epochs, above=0.0)
+        check_number("lr", self.lr, above=0.0)
+        check_number("weight_decay", self.weight_decay, least=0.0)
         if self.clip is not None:
-            _number("clip", self.clip, above=0.0)
+            check_number("clip", self.clip, above=0.0)
         if len(self.betas) != 2:
             raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
         for beta in self.betas:
-            _number("betas", beta, least=0.0, below=1.0)
-        _choice("parallel", self.parallel, PARALLEL)
+            check_number("betas", beta, least=0.0, below=1.0)
+        check_choice("parallel", self.parallel, PARALLEL)
         if self.compile and self.parallel == "fsdp2":
             raise ValueError(
                 'compile is not supported with parallel "fsdp2": leave one out, or use "ddp"'
             )
         self._check_lora()
         if self.patience is not None:
-            _integer("patience", self.patience, 1)
+            check_integer("patience", self.patience, 1)
         if self.best_kept and self.eval_every is None:
             name = "keep_best" if self.patience is None else "patience"
             raise ValueError(f"{name} compares evaluations during training: give eval_every")
@@ -203,10 +204,10 @@ class TrainConfig:
                         "a rank; give lora (--lora RANK) or leave it out"
                     )
             return
-        _integer("lora", self.lora, 1)
+        check_integer("lora", self.lora, 1)
         if self.lora_alpha is not None:
-            _number("lora_alpha", self.lora_alpha, above=0.0)
-        _number("lora_dropout", self.lora_dropout, least=0.0, below=1.0)
+            check_number("lora_alpha", self.lora_alpha, above=0.0)
+        check_number("lora_dropout", self.lora_dropout, least=0.0, below=1.0)
         if not self.lora_targets or not isinstance(self.lora_targets, (str, list, tuple)):
             raise ValueError(
                 f'lora_targets: expected names of layers or "all-linear", got {self.lora_targets!r}'
@@ -270,38 +271,3 @@ def resolve_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {name!r} cannot be used here: {error}") from error
-
-
-def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        near = difflib.get_close_matches(str(value), choices, 1, 0.3)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
-
-
-def _integer(name: str, value: Any, least: int, most: int | None = None) -> None:
-    if (
-        not isinstance(value, int)
-        or isinstance(value, bool)
-        or value < least
-        or (most is not None and value > most)
-    ):
-        span = f">= {least}" if most is None else f"in [{least}, {most}]"
-        raise ValueError(f"{name} must be an integer {span}, got {value!r}")
-
-
-def _number(
-    name: str,
-    value: Any,
-    *,
-    least: float = -math.inf,
-    most: float = math.inf,
-    above: float = -math.inf,
-    below: float = math.inf,
-) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not (least <= value <= most and above < value < below):
-        low = f"> {above}" if above > -math.inf else f">= {least}"
-        high = f" and < {below}" if below < math.inf else ""
-        high = f" and <= {most}" if most < math.inf else high
-        raise ValueError(f"{name} must be a number {low}{high}, got {value!r}")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from pipeline_fixtures import tiny_model
 from train_fixtures import BLOCK, STRIDE, config, make_corpus, make_targets, same, steps, weights
 from train_processes import FAMILY, SHARED
+from transformers import AutoModelForCausalLM
 
 from mdkernels.train import train
 
@@ -98,6 +99,19 @@ def test_a_sharded_model_is_saved_whole(found):
     assert same(found[0]["fsdp2"]["weights"], found[0]["fsdp2-saved"])
     assert found[1]["fsdp2"]["weights"] is None
     assert same(found[0]["ddp"]["weights"], found[1]["ddp"]["weights"])
+
+
+def test_early_stop_under_fsdp2_keeps_the_best_step(found):
+    assert found[0]["best-seen"] == [2, 4, 6]  # of 7 steps
+    assert found[1]["best-seen"] == []
+    path = found[2] / "best"
+    saved = weights(AutoModelForCausalLM.from_pretrained(path))
+    fourth = path / "checkpoints" / "step-00000004"
+    assert same(saved, weights(AutoModelForCausalLM.from_pretrained(fourth)))
+    assert same(saved, found[0]["best"]["weights"])
+    evaluations = [row["eval"]["mean"] for row in found[0]["best"]["metrics"] if "eval" in row]
+    logits = AutoModelForCausalLM.from_pretrained(path)(torch.arange(6)[None]).logits
+    assert evaluations[1] == pytest.approx(logits.mean().item(), rel=1e-4)
 
 
 def test_adapters_under_fsdp2_are_merged_into_a_plain_model(found, data, tmp_path):

@@ -250,7 +250,7 @@ def test_tensorboard_gets_the_metrics_once_each(data, tmp_path):
     with pytest.raises(Stop):
         train(config(data, tmp_path / "out", **options), on_eval=scores(CURVE, 6))
     result = train(config(data, tmp_path / "out", **options), on_eval=scores(CURVE))
-    events = EventAccumulator(str(result.path / "out")).Reload()
+    events = EventAccumulator(str(result.path / "tracking" / "mdkernels")).Reload()
     losses = {event.step: event.value for event in events.Scalars("loss")}
     assert len(events.Scalars("loss")) == 12
     expected = {row["step"]: row["loss"] for row in steps(result)}

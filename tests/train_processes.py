@@ -101,6 +101,18 @@ def cases(rank: int, data, out: Path) -> dict:
             saved = AutoModelForCausalLM.from_pretrained(out / "fsdp2")
             found["fsdp2-saved"] = saved.state_dict()
 
+    seen = []
+
+    def best_at_four(model, step):
+        """A forward that only a whole model survives."""
+        assert not any(isinstance(p, DTensor) for p in model.parameters())
+        seen.append(step)
+        logits = model(torch.arange(6)[None]).logits
+        return {"mixture_perplexity": abs(step - 4), "mean": float(logits.mean())}
+
+    options = {"eval_every": 2, "patience": 1, "save_every": None}
+    found["best"] = train(settings("best", "fsdp2", **options), on_eval=best_at_four)
+    found["best-seen"] = seen
     found["lora"] = train(settings("lora", "fsdp2", lora=2, lr=1e-2))
     found["nan"] = message(
         lambda: train(settings("nan", "ddp", save_every=1, eval_every=2), on_eval=poison)
