@@ -51,6 +51,12 @@ class Processes:
         on_cpu = resolve_device(device).type == "cpu"
         state = _accelerate().PartialState(cpu=on_cpu, timeout=_PATIENCE)
         self.rank, self.count = state.process_index, state.num_processes
+        if self.count != _launched():
+            raise ValueError(
+                f"{_launched()} processes take part, but accelerate found {self.count}: start them "
+                "with torchrun or `accelerate launch`, or set RANK, LOCAL_RANK, WORLD_SIZE, "
+                "MASTER_ADDR and MASTER_PORT as those do"
+            )
         self.device = state.device
         fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
         self.sharded = parallel == "fsdp2" or (parallel == "auto" and fsdp)

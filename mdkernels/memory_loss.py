@@ -6,8 +6,12 @@ the forward of the module that owns it: there FSDP2 has gathered it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import nn
+from transformers import masking_utils
 
 from .batches import Batch
 from .models import lm_head
@@ -45,7 +49,8 @@ class MemoryLoss(nn.Module):
     def forward(self, batch: Batch) -> SparseKLOutput:
         device = batch.input_ids.device
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            outputs = self._trunk[0](input_ids=batch.input_ids, use_cache=False)
+            with _one_text_per_window():
+                outputs = self._trunk[0](input_ids=batch.input_ids, use_cache=False)
             hidden = batch.select(outputs.last_hidden_state)
             targets = batch.targets
             if targets is None:
@@ -59,3 +64,20 @@ class MemoryLoss(nn.Module):
                 bias=head.bias,
                 kl_weight=self.kl_weight,
             )
+
+
+def _not_packed(position_ids) -> None:
+    """In place of `masking_utils.find_packed_sequence_indices`: None means one text per row."""
+
+
+@contextmanager
+def _one_text_per_window() -> Iterator[None]:
+    """Within the context transformers does not search the positions of a batch for several texts
+    packed into a row: reading what it finds waits for the device in every forward."""
+    name = "find_packed_sequence_indices"
+    search = getattr(masking_utils, name)
+    setattr(masking_utils, name, _not_packed)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, name, search)

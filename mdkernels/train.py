@@ -215,9 +215,10 @@ class _Run:
                     self._save(step)
                 bar.update()
                 if interrupted:
+                    command = "same command" if config.resume else "command with resume"
                     raise Interrupted(
                         f"stopped behind step {step:,} of {steps:,}, whose checkpoint is under "
-                        f"{self.directory.out}.partial; the same command continues from there"
+                        f"{self.directory.work}; the {command} continues from there"
                     )
         return step
 

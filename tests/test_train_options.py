@@ -1,19 +1,20 @@
-"""Early stop, adapters, trackers, Ctrl-C, and resuming exactly under every option that could break
+"""Adapters, trackers, Ctrl-C, and resuming exactly under every option that could break
 it."""
 
 import dataclasses
-import json
 import os
 import signal
+from functools import partial
 
 import pytest
 import torch
 from pipeline_fixtures import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 from train_fixtures import config, make_corpus, make_targets, same, steps, weights
 from transformers import AutoModelForCausalLM
 
 from mdkernels import cli
-from mdkernels.artifact import ArtifactError
+from mdkernels import train as train_module
 from mdkernels.interrupt import CtrlC
 from mdkernels.train import train
 
@@ -29,80 +30,8 @@ class Stop(Exception):
     pass
 
 
-def scores(values, stop=None):
-    """A hook that gives the evaluations at steps 2, 4, ... these values."""
-
-    def hook(_model, step):
-        if step == stop:
-            raise Stop
-        return {"mixture_perplexity": values[step // 2 - 1]}
-
-    return hook
-
-
 def rows_of(result):
     return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in result.metrics]
-
-
-# --- early stop
-
-
-CURVE = [9.0, 7.0, 8.0, float("nan"), 7.5, 1.0]  # the third without improvement is at step 10
-
-
-def test_patience_stops_and_keeps_the_best_step(data, tmp_path):
-    plain = train(config(data, tmp_path / "plain", max_steps=12, save_every=2, keep=9))
-    result = train(
-        config(data, tmp_path / "out", eval_every=2, patience=3, save_every=None),
-        on_eval=scores(CURVE),
-    )
-    assert (result.steps, result.best_step) == (10, 4)
-    assert len(steps(result)) == 10
-    fourth = tmp_path / "plain" / "checkpoints" / "step-00000004"
-    expected = weights(AutoModelForCausalLM.from_pretrained(fourth))
-    assert same(weights(AutoModelForCausalLM.from_pretrained(result.path)), expected)
-    assert same(weights(result.model), expected)
-    meta = json.loads((result.path / "meta.json").read_text())
-    assert (meta["steps"], meta["best_step"]) == (10, 4)
-    assert not same(weights(plain.model), expected)
-
-
-@pytest.mark.parametrize(("stop", "save_every"), [(6, 3), (10, None), (8, 2)])
-def test_a_resumed_run_stops_at_the_same_step_with_the_same_weights(
-    data, tmp_path, stop, save_every
-):
-    options = {"eval_every": 2, "patience": 3, "save_every": save_every}
-    whole = train(config(data, tmp_path / "whole", **options), on_eval=scores(CURVE))
-    with pytest.raises(Stop):
-        train(config(data, tmp_path / "out", **options), on_eval=scores(CURVE, stop))
-    kept = {p.name for p in (tmp_path / "out.partial" / "checkpoints").iterdir()}
-    assert "step-00000004" in kept  # the best outlives `keep`
-    resumed = train(config(data, tmp_path / "out", **options), on_eval=scores(CURVE))
-    assert (resumed.steps, resumed.best_step) == (10, 4)
-    assert same(weights(whole.model), weights(resumed.model))
-    assert json.dumps(rows_of(whole)) == json.dumps(rows_of(resumed))  # NaN equals itself as text
-
-
-def test_keep_best_without_patience_runs_to_the_end(data, tmp_path):
-    options = {"eval_every": 2, "keep_best": True, "monitor": "score"}
-    result = train(
-        config(data, tmp_path / "out", **options), on_eval=lambda _m, step: {"score": -step}
-    )
-    assert (result.steps, result.best_step) == (12, 12)
-    with pytest.raises(ValueError, match=r"step 2 gave score = None.*returned mixture"):
-        train(config(data, tmp_path / "other", **options), on_eval=scores(CURVE))
-
-
-def test_a_damaged_best_checkpoint_is_not_passed_off_as_the_result(data, tmp_path):
-    def hook(_model, step):
-        if step == 12:
-            path = tmp_path / "out.partial" / "checkpoints" / "step-00000002" / "model.safetensors"
-            content = path.read_bytes()
-            path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-        return {"mixture_perplexity": step}
-
-    with pytest.raises(ArtifactError, match="the best step, is damaged"):
-        train(config(data, tmp_path / "out", eval_every=2, keep_best=True), on_eval=hook)
 
 
 # --- exact resume
@@ -153,6 +82,41 @@ def test_activation_checkpointing_repeats_the_dropout(data, tmp_path):
     assert same(weights(plain.model), weights(low.model))
     other = train(config(data, tmp_path / "c"))
     assert steps(other)[0]["loss"] != steps(plain)[0]["loss"]
+
+
+# --- no waiting for the device
+
+
+class Reads(TorchDispatchMode):
+    """Operators that would wait for a GPU, because the host needs what they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        waits = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique", "masked_select")
+        if func.name().split("::")[1].split(".")[0] in waits:
+            self.found.add(func.name())
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2"])
+def test_no_operator_of_a_step_reads_a_value_back(data, tmp_path, monkeypatch, family):
+    """What sync debug mode shows on a GPU (test_train_gpu.py), as far as a CPU can tell."""
+    step, reads = train_module._Run._step, Reads()
+
+    def watched(self, number):
+        with reads:
+            step(self, number)
+
+    with Reads() as control:
+        float(torch.ones(3).sum())
+    assert control.found == {"aten::_local_scalar_dense"}
+    monkeypatch.setattr(train_module._Run, "_step", watched)
+    options = {"dtype": "bfloat16", "grad_accum": 2, "max_steps": 2}
+    train(config(data, tmp_path / "out", model=tiny_model(family, seed=3), **options))
+    assert reads.found == set()
 
 
 # --- adapters
@@ -246,10 +210,15 @@ def test_what_cannot_work_here_is_refused_before_the_first_step(data, tmp_path, 
 def test_tensorboard_gets_the_metrics_once_each(data, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    def score(_model, step, stop=None):
+        if step == stop:
+            raise Stop
+        return {"mixture_perplexity": 1.0 + step}
+
     options = {"track": ["tensorboard"], "save_every": 2, "eval_every": 2}
     with pytest.raises(Stop):
-        train(config(data, tmp_path / "out", **options), on_eval=scores(CURVE, 6))
-    result = train(config(data, tmp_path / "out", **options), on_eval=scores(CURVE))
+        train(config(data, tmp_path / "out", **options), on_eval=partial(score, stop=6))
+    result = train(config(data, tmp_path / "out", **options), on_eval=score)
     events = EventAccumulator(str(result.path / "tracking" / "mdkernels")).Reload()
     losses = {event.step: event.value for event in events.Scalars("loss")}
     assert len(events.Scalars("loss")) == 12
