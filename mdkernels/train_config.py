@@ -236,6 +236,10 @@ class TrainConfig:
             "stride": self.scored,
             "kl_weight": self.beta,
         }
+        if self.lora is not None:
+            resolved["lora_alpha"] = self.alpha
+        if not isinstance(self.lora_targets, str):
+            resolved["lora_targets"] = list(self.lora_targets)  # as JSON gives it back
         if self.best_kept:
             resolved["eval_every"] = self.eval_every
         return settings | resolved

@@ -60,7 +60,17 @@ HARD = {
 
 @pytest.mark.parametrize("lora", [None, 2])
 def test_resume_is_exact_under_everything_at_once(data, tmp_path, lora):
-    options = HARD if lora is None else HARD | {"lora": lora, "lora_dropout": 0.2, "lr": 1e-2}
+    options = (
+        HARD
+        if lora is None
+        else {
+            **HARD,
+            "lora": lora,
+            "lora_dropout": 0.2,
+            "lora_targets": ("c_attn", "c_fc"),
+            "lr": 1e-2,
+        }
+    )
     whole = train(config(data, tmp_path / "whole", model=dropout_model(), **options))
 
     def stop(_model, step):
