@@ -1,0 +1,150 @@
+"""Sparse targets as a training run reads them: by row, from maps or memory, never dense.
+
+`TargetRows` serves the rows of any `SparseTargets`; `targets.TargetStore` is one over the maps of
+an artefact. `LabelledTargets` holds targets that other software made, with the next token of each
+row, so that they are compared with the corpus instead of being taken on trust.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .artifact import ArtifactError, digest
+from .corpus import Corpus
+from .ops.sparse_targets import SparseTargets
+
+
+class TargetRows:
+    """R sparse rows on the CPU, possibly much larger than memory. Reading a row touches only it."""
+
+    def __init__(self, targets: SparseTargets, *, normalize: bool = False):
+        self._all, self._normalize = targets, normalize
+
+    @property
+    def num_rows(self) -> int:
+        return self._all.num_rows
+
+    @property
+    def nnz(self) -> int:
+        return self._all.nnz
+
+    def rows(self, start: int, stop: int) -> SparseTargets:
+        """Rows [start, stop), a row may be empty.
+
+        Views of what is stored, which must not be written to; where rows have to be normalised
+        (fp16 artefacts, whose rounding changed the sums), fp32 copies.
+        """
+        targets = self._all.rows(start, stop)
+        if not self._normalize:
+            return targets
+        probs = targets.probs.float()
+        _divide_by_row_sums(probs.numpy(), targets.row_offsets.numpy())
+        return SparseTargets(targets.row_offsets, targets.token_ids, probs)
+
+    def gather(self, spans: np.ndarray, *, pin: bool = False) -> SparseTargets:
+        """The rows of all `spans`, one span after the other, as `rows` gives them.
+
+        Args:
+            spans: (n, 2) int64 [start, stop) pairs of rows.
+            pin: put the result into page-locked memory, for an asynchronous copy to a GPU.
+
+        One copy per span and array, into fresh memory: no loop over rows, no concatenation.
+        """
+        stored, offsets = self._all, self._all.row_offsets.numpy()
+        lows, highs = offsets[spans[:, 0]], offsets[spans[:, 1]]
+        rows, nnz = int((spans[:, 1] - spans[:, 0]).sum()), int((highs - lows).sum())
+        row_offsets = torch.empty(rows + 1, dtype=torch.int64, pin_memory=pin)
+        token_ids = torch.empty(nnz, dtype=torch.int32, pin_memory=pin)
+        dtype = torch.float32 if self._normalize else stored.probs.dtype
+        probs = torch.empty(nnz, dtype=dtype, pin_memory=pin)
+        shifted = row_offsets.numpy()
+        shifted[0] = row = entry = 0
+        for (start, stop), low, high in zip(
+            spans.tolist(), lows.tolist(), highs.tolist(), strict=True
+        ):
+            next_row, next_entry = row + stop - start, entry + high - low
+            np.add(offsets[start + 1 : stop + 1], entry - low, out=shifted[row + 1 : next_row + 1])
+            token_ids[entry:next_entry].copy_(stored.token_ids[low:high])
+            probs[entry:next_entry].copy_(stored.probs[low:high])
+            row, entry = next_row, next_entry
+        if self._normalize:
+            _divide_by_row_sums(probs.numpy(), shifted)
+        return SparseTargets(row_offsets, token_ids, probs)
+
+
+class LabelledTargets(TargetRows):
+    """Targets from elsewhere, in memory: rows in the order of a corpus, each with its next token.
+
+    What `mdkernels.integrations.official.read_targets` returns, and what other trainers' top-k
+    teachers give through `SparseTargets.from_padded`. Probabilities are used as they are; a row's
+    mass need not be 1.
+
+    Args:
+        targets: R rows.
+        labels: (R,) int64, the token that follows each row.
+
+    Raises TypeError or ValueError for labels that do not belong to `targets` by shape.
+    """
+
+    kind = "targets"
+
+    def __init__(self, targets: SparseTargets, labels: Tensor):
+        if not isinstance(targets, SparseTargets) or not isinstance(labels, Tensor):
+            raise TypeError(
+                "targets: expected a pair (SparseTargets, labels tensor), got "
+                f"({type(targets).__name__}, {type(labels).__name__})"
+            )
+        if labels.dtype != torch.int64 or tuple(labels.shape) != (targets.num_rows,):
+            raise ValueError(
+                f"targets: labels must be int64 ({targets.num_rows},), one next token per row, got "
+                f"{labels.dtype} {tuple(labels.shape)}"
+            )
+        super().__init__(targets.to("cpu"))
+        self.labels = labels.cpu()
+        arrays = (self._all.row_offsets, self._all.token_ids, self._all.probs, self.labels)
+        checksums = [zlib.crc32(array.view(torch.uint8).numpy()) for array in arrays]
+        self.content_id: str = digest([self.kind, str(self._all.probs.dtype), checksums])
+
+    def check_corpus(self, corpus: Corpus) -> None:
+        """Raise ArtifactError unless row r predicts the token after token r of `corpus`, for all r.
+
+        Names the first differing row. Also refuses ids and probabilities that no row of this
+        vocabulary can have.
+        """
+        common = min(self.num_rows, corpus.num_rows)
+        following = torch.from_numpy(corpus.token_ids[1 : common + 1].astype(np.int64))
+        differing = (self.labels[:common] != following).nonzero()
+        problems = []
+        if self.num_rows != corpus.num_rows:
+            problems.append(f"they have {self.num_rows} rows, the corpus {corpus.num_rows}")
+        if len(differing):
+            row = int(differing[0, 0])
+            problems.append(
+                f"row {row} is the first that differs: its label is {int(self.labels[row])}, the "
+                f"next token of the corpus is {int(following[row])}"
+            )
+        elif problems:
+            problems.append(f"row {common} is the first that only one of them has")
+        if problems:
+            raise ArtifactError(
+                f"targets do not fit {corpus.artifact}: {'; '.join(problems)}. Targets need one "
+                "row per token but the last, in the order of the corpus; build the corpus from the "
+                "token stream that they were made for, or the targets with `mdkernels targets`"
+            )
+        try:
+            self._all.validate(corpus.vocab_size)
+        except ValueError as error:
+            raise ArtifactError(f"targets do not fit {corpus.artifact}: {error}") from error
+
+
+def _divide_by_row_sums(probs: np.ndarray, offsets: np.ndarray) -> None:
+    """In place, fp32; every row that has entries must have a positive sum."""
+    counts = np.diff(offsets)
+    filled = counts > 0
+    if filled.any():  # reduceat sums from each start to the next one
+        sums = np.add.reduceat(probs, offsets[:-1][filled])
+        probs /= np.repeat(sums, counts[filled])
