@@ -96,6 +96,20 @@ def test_fp16_targets_sum_to_one_again():
     assert (~filled).any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_probabilities_from_elsewhere_keep_their_dtype(dtype):
+    stored = ragged(60)
+    stored = SparseTargets(stored.row_offsets, stored.token_ids, stored.probs.to(dtype))
+    spans = np.array([[40, 60], [3, 3], [0, 4], [2, 9]])
+    found = TargetRows(stored).gather(spans)
+    rows = torch.cat([torch.arange(a, b) for a, b in spans])
+    wanted = stored.select(rows)
+    assert torch.equal(found.row_offsets, wanted.row_offsets)
+    assert torch.equal(found.token_ids, wanted.token_ids)
+    assert found.probs.dtype == dtype
+    assert torch.equal(found.probs, wanted.probs)
+
+
 def test_no_window_gives_an_unscored_batch():
     """A process of several may have none left of the last batch."""
     data = make()
