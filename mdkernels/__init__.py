@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from .mixture import MemoryMixture
     from .ops.dispatch import BackendUnavailable, backends
     from .ops.knn_targets import knn_targets
+    from .ops.linear_sparse_kl import linear_sparse_kl
+    from .ops.linear_token_logprobs import linear_token_logprobs
     from .ops.logit_mix import logit_mix
     from .ops.mix_argmax import mix_argmax
     from .ops.mix_sample import MixSampleOutput, mix_sample
@@ -29,6 +31,8 @@ __all__ = [
     "SparseTargets",
     "backends",
     "knn_targets",
+    "linear_sparse_kl",
+    "linear_token_logprobs",
     "logit_mix",
     "mix_argmax",
     "mix_sample",
@@ -44,6 +48,8 @@ _HOME = {
     "SparseTargets": "ops.sparse_targets",
     "backends": "ops.dispatch",
     "knn_targets": "ops.knn_targets",
+    "linear_sparse_kl": "ops.linear_sparse_kl",
+    "linear_token_logprobs": "ops.linear_token_logprobs",
     "logit_mix": "ops.logit_mix",
     "mix_argmax": "ops.mix_argmax",
     "mix_sample": "ops.mix_sample",

@@ -23,7 +23,12 @@ import torch
 
 from . import native
 
-OPS = ("sparse_kl", "token_logprobs", "logit_mix", "mix_argmax", "mix_sample", "knn_targets")
+# Operators made of torch's matrix products and the kernels of another one.
+COMPOSED = {"linear_sparse_kl": "sparse_kl", "linear_token_logprobs": "token_logprobs"}
+OPS = (
+    *("sparse_kl", "token_logprobs", *COMPOSED),
+    *("logit_mix", "mix_argmax", "mix_sample", "knn_targets"),
+)
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # Fastest first. cpu before reference: bench/results/*/sparse_kl.json and its siblings. triton
@@ -66,7 +71,7 @@ def _device_reason(backend: str, device_type: str) -> str | None:
 
 def _module_name(op: str, backend: str) -> str:
     stem = "reference" if backend == "reference" else f"{backend}_kernels"
-    return f"mdkernels.ops.{op}.{stem}"
+    return f"mdkernels.ops.{COMPOSED.get(op, op)}.{stem}"
 
 
 @functools.cache
@@ -170,12 +175,14 @@ def _needs_dispatcher(tensors) -> bool:
     )
 
 
-def define(op: str, function: str, schema: str, fake, mutates: bool = False, need=None):
+def define(op: str, function: str, schema: str, fake, mutates: bool = False, need=None, body=None):
     """Register ``mdk::<op>_<function>`` and return what calls it, the only way to a backend.
 
     `schema` is the signature after the name; its last argument must be ``str backend``, and its
     first tensor decides device and dtype. With `mutates`, that first tensor is written in place.
     `need` maps the arguments to what the backend must be able to do (see `resolve`), or None.
+    `body(module, *arguments)` stands in for the backend's function of this name: that of an
+    operator which is composed of the functions of a backend.
 
     An eager call goes to the backend directly: the dispatcher's boxing of the arguments costs more
     than a decode-sized kernel (27 of 60 us on one Zen 3 core). Whatever has to see the operator
@@ -188,7 +195,10 @@ def define(op: str, function: str, schema: str, fake, mutates: bool = False, nee
         first, backend = args[0], args[-1]
         what = None if need is None else need(*args)
         module = resolve(op, backend, first.device.type, first.dtype, need=what)
-        result = getattr(module, function)(*args[:-1])
+        if body is None:
+            result = getattr(module, function)(*args[:-1])
+        else:
+            result = body(module, *args[:-1])
         if mutates and not first.is_inference():
             # Writing through a raw pointer is invisible to autograd; this makes a stale saved
             # tensor an error instead of a wrong gradient.
@@ -228,10 +238,10 @@ class BackendTable(list):
     """A list of `BackendRow` that prints as a table."""
 
     def __repr__(self) -> str:
-        lines = [f"{'op':<16}{'backend':<11}available"]
+        lines = [f"{'op':<23}{'backend':<11}available"]
         for row in self:
             state = "yes" if row.available else f"no: {row.reason}"
-            lines.append(f"{row.op:<16}{row.backend:<11}{state}")
+            lines.append(f"{row.op:<23}{row.backend:<11}{state}")
         return "\n".join(lines)
 
 

@@ -59,7 +59,7 @@ _loss_grad_ = dispatch.define(
     _fake_loss_grad_,
     mutates=True,
 )
-_scale_ = dispatch.define(
+scale_ = dispatch.define(
     "sparse_kl",
     "scale_",
     "(Tensor(a!) grad, Tensor factor, str backend) -> ()",
@@ -102,7 +102,7 @@ class _InPlace(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dloss, _dkl, _dce):
         (grad,) = ctx.saved_tensors
-        _scale_(grad, dloss, ctx.backend)
+        scale_(grad, dloss, ctx.backend)
         return (grad, *(None,) * ctx.num_arguments)
 
 
@@ -153,10 +153,8 @@ def sparse_kl(
             offsets are checked on the CPU; on a GPU an id out of range makes its row NaN.
         BackendUnavailable: the named backend cannot run here.
     """
-    _check(logits, targets, labels, ignore_index, reduction)
-    kl_weight = checks.probability("kl_weight", kl_weight)
-    if labels is None and kl_weight != 1.0:
-        raise ValueError(f"labels: required unless kl_weight is 1, got None with {kl_weight}")
+    checks.logits_matrix("logits", logits)
+    kl_weight = check_loss(targets, labels, kl_weight, ignore_index, reduction, logits=logits)
     sparse = (targets.row_offsets, targets.token_ids, targets.probs, labels, ignore_index)
 
     if inplace and torch.is_grad_enabled() and logits.requires_grad:
@@ -166,23 +164,28 @@ def sparse_kl(
     return SparseKLOutput(*combine(kl, ce, labels, ignore_index, kl_weight, reduction))
 
 
-def _check(logits, targets, labels, ignore_index, reduction) -> None:
-    checks.logits_matrix("logits", logits)
+def check_loss(targets, labels, kl_weight, ignore_index, reduction, **scored: Tensor) -> float:
+    """Check what belongs to the loss, for one (N, ...) tensor by its name; returns kl_weight."""
+    ((name, tensor),) = scored.items()
     if not isinstance(targets, SparseTargets):
         raise TypeError(
             f"targets: expected SparseTargets, got {type(targets).__name__}; build one with "
             "SparseTargets.from_dense or .from_padded"
         )
-    rows = logits.shape[0]
+    rows = tensor.shape[0]
     if targets.num_rows != rows:
-        raise ValueError(f"targets: {targets.num_rows} rows for {rows} rows of logits")
-    if targets.device != logits.device:
-        raise ValueError(f"targets: on {targets.device}, logits on {logits.device}; use .to()")
+        raise ValueError(f"targets: {targets.num_rows} rows for {rows} rows of {name}")
+    if targets.device != tensor.device:
+        raise ValueError(f"targets: on {targets.device}, {name} on {tensor.device}; use .to()")
     if labels is not None:
-        checks.integer_vector("labels", labels, rows, logits.device, of="logits")
+        checks.integer_vector("labels", labels, rows, tensor.device, of=name)
     checks.integer("ignore_index", ignore_index)
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {REDUCTIONS}, got {reduction!r}")
+    kl_weight = checks.probability("kl_weight", kl_weight)
+    if labels is None and kl_weight != 1.0:
+        raise ValueError(f"labels: required unless kl_weight is 1, got None with {kl_weight}")
+    return kl_weight
 
 
 def _check_inplace(logits: Tensor) -> None:

@@ -28,6 +28,15 @@ def backward(
     return grad
 
 
+def forward_backward_(
+    logits, row_offsets, token_ids, probs, labels, ignore_index, kl_coef, ce_coef
+) -> tuple[Tensor, Tensor]:
+    kl, ce = (logits.new_empty(logits.shape[0], dtype=torch.float32) for _ in range(2))
+    sparse = (row_offsets, token_ids, probs, labels, ignore_index)
+    _launch(logits, sparse, kl=kl, ce=ce, grad=logits, coefs=(kl_coef, ce_coef))
+    return kl, ce
+
+
 def loss_grad_(
     logits, row_offsets, token_ids, probs, labels, ignore_index, kl_weight, reduction
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,86 @@
+"""The gradient of the weight, summed over chunks of rows in fp32."""
+
+import torch
+from torch import Tensor
+
+from .. import native
+
+# Of the vocabulary. PRODUCT_ROWS: so much of a product in bf16 is added to the sum while it is in
+# cache. BLOCK_BYTES: of the sum; above the 32 MB from which glibc gives freed memory back at once.
+PRODUCT_ROWS = 4096
+BLOCK_BYTES = 36 << 20
+
+
+class WeightGradient:
+    """sum over chunks of dlogits.T @ hidden, both in `weight.dtype`, as (V, D) in `dtype`.
+
+    A sum in 16 bits would be rounded once per chunk at its own size. Here a chunk is rounded at
+    most at the size of the chunk, so the error does not grow with the number of chunks.
+    """
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int):
+        self.weight, self.dtype, self.empty = weight, dtype, True
+        self.narrow = weight.dtype in (torch.bfloat16, torch.float16)
+        # One product is its own sum: fp32 inside the product, rounded once.
+        self.direct = not self.narrow or (chunks == 1 and dtype == weight.dtype)
+        sum_dtype = dtype if self.direct else torch.float32
+        vocab, width = weight.shape
+        step = vocab
+        if weight.device.type == "cpu" and sum_dtype != dtype:
+            # Several, so that `finish` can free them one by one.
+            step = -(-BLOCK_BYTES // (4 * width * PRODUCT_ROWS)) * PRODUCT_ROWS
+        self.blocks = [
+            native.empty_huge(weight, (min(step, vocab - start), width), sum_dtype)
+            for start in range(0, vocab, step)
+        ]
+        self.product = None
+
+    def add(self, dlogits: Tensor, hidden: Tensor) -> None:
+        start = 0
+        for block in self.blocks:
+            stop = start + len(block)
+            self._add(block, dlogits[:, start:stop].t(), hidden)
+            start = stop
+        self.empty = False
+
+    def _add(self, total: Tensor, left: Tensor, hidden: Tensor) -> None:
+        if self.direct:
+            if self.empty:
+                torch.mm(left, hidden, out=total)
+            else:
+                total.addmm_(left, hidden)
+        elif total.device.type == "cuda":
+            if self.empty:
+                torch.mm(left, hidden, out_dtype=total.dtype, out=total)
+            else:
+                torch.addmm(total, left, hidden, out_dtype=total.dtype, out=total)
+        else:
+            self._add_products(total, left, hidden)
+
+    def _add_products(self, total: Tensor, left: Tensor, hidden: Tensor) -> None:
+        """Where a product of 16-bit matrices comes in 16 bits only."""
+        if self.product is None:
+            self.product = hidden.new_empty(min(PRODUCT_ROWS, len(total)), hidden.shape[1])
+        for start in range(0, len(total), PRODUCT_ROWS):
+            part = total[start : start + PRODUCT_ROWS]
+            product = self.product[: len(part)]
+            torch.mm(left[start : start + PRODUCT_ROWS], hidden, out=product)
+            if self.empty:
+                part.copy_(product)
+            else:
+                part.add_(product)
+
+    def finish(self) -> Tensor:
+        """The sum. Call it once."""
+        blocks, self.blocks, self.product = self.blocks, [], None
+        if self.empty:
+            return self.weight.new_zeros(self.weight.shape, dtype=self.dtype)
+        if blocks[0].dtype == self.dtype:
+            return blocks[0]
+        result = native.empty_huge(self.weight, self.weight.shape, self.dtype)
+        stop = len(result)
+        while blocks:
+            block = blocks.pop()
+            result[stop - len(block) : stop] = block
+            stop -= len(block)
+        return result
