@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 
 OBJECTIVES = ("kl_ce", "kl", "ce")
 SCHEDULES = ("cosine", "linear", "constant")
+PARALLEL = ("auto", "ddp", "fsdp2")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Settings that change where a run writes, or how often it reports, but not the model it ends with.
@@ -29,6 +30,8 @@ _NOT_IDENTITY = {
     "log_every",
     "save_every",
     "keep",
+    "parallel",
+    "track",
     "overwrite",
     "resume",
 }
@@ -50,7 +53,8 @@ class TrainConfig:
     """Tokenizer to store beside the weights: directory, hub id or object. None: that of `model`."""
 
     objective: str = "kl_ce"
-    """One of "kl_ce" (Memory Decoder), "kl", "ce" (language modelling; `targets` only reported)."""
+    """One of "kl_ce" (Memory Decoder), "kl", "ce" (language modelling; `targets` only reported).
+    "ce" with a base model as `model` is domain-adaptive pre-training (DAPT) of all its weights."""
     kl_weight: float | None = None
     """Weight of KL in "kl_ce", in [0, 1]; the paper's beta. None: 0.5."""
 
@@ -59,7 +63,7 @@ class TrainConfig:
     stride: int | None = None
     """Scored tokens per window, its last ones, in [1, block]. None: block // 2, as in the paper."""
     batch_size: int = 16
-    """Windows per forward pass."""
+    """Windows per forward pass, in each process."""
     grad_accum: int = 1
     """Forward passes per optimizer step."""
     epochs: float | None = None
@@ -80,6 +84,15 @@ class TrainConfig:
     clip: float | None = 1.0
     """Largest gradient norm, larger ones are scaled down. None: no limit."""
 
+    lora: int | None = None
+    """Rank of low-rank adapters (needs peft): only they are trained, and merged at the end."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by lora_alpha / lora. None: 2 * lora."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapters, in [0, 1)."""
+    lora_targets: Any = "all-linear"
+    """Names of the layers that get adapters; "all-linear": every linear layer but the LM head."""
+
     seed: int = 0
     """Seeds the order of windows and dropout."""
     device: str = "auto"
@@ -88,6 +101,11 @@ class TrainConfig:
     """Arithmetic: "float32", or "bfloat16" autocast; weights and moments stay fp32."""
     compile: bool = False
     """torch.compile the trunk: 10-30 s once, then about 2x faster on a CPU."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward instead of keeping its activations."""
+    parallel: str = "auto"
+    """With several processes: "ddp", "fsdp2" (weights and moments cut among them), or "auto": what
+    `accelerate launch` was told, else "ddp"."""
 
     valid: Any = None
     """Corpus (directory or object) evaluated every `eval_every` steps; needs `base`."""
@@ -95,6 +113,14 @@ class TrainConfig:
     """Base model (directory, hub id or live) for the mixture perplexity on `valid`."""
     eval_every: int | None = None
     """Optimizer steps between evaluations. None: only after the last step."""
+    patience: int | None = None
+    """Stop after this many evaluations without a new best one; implies `keep_best`."""
+    keep_best: bool = False
+    """`out` holds the weights of the best evaluated step instead of the last one."""
+    monitor: str = "mixture_perplexity"
+    """Which number of the evaluation decides about the best, smaller being better."""
+    track: Sequence[str] | None = None
+    """Trackers that also get the metrics: "tensorboard", "wandb", ... as accelerate knows them."""
     log_every: int = 10
     """Optimizer steps between reads of the loss on a GPU (each waits for it); a CPU reads each."""
     save_every: int | None = 500
@@ -147,11 +173,43 @@ class TrainConfig:
             raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
         for beta in self.betas:
             _number("betas", beta, least=0.0, below=1.0)
+        _choice("parallel", self.parallel, PARALLEL)
+        if self.compile and self.parallel == "fsdp2":
+            raise ValueError(
+                'compile is not supported with parallel "fsdp2": leave one out, or use "ddp"'
+            )
+        self._check_lora()
+        if self.patience is not None:
+            _integer("patience", self.patience, 1)
+        if self.best_kept and self.eval_every is None:
+            name = "keep_best" if self.patience is None else "patience"
+            raise ValueError(f"{name} compares evaluations during training: give eval_every")
+        if isinstance(self.track, str):
+            raise ValueError(f"track: expected a list of names, got {self.track!r}")
         if (self.valid is None) != (self.base is None):
             missing = "base" if self.base is None else "valid"
             raise ValueError(
                 f"valid and base belong together (the mixture perplexity during training), "
                 f"{missing} is None"
+            )
+
+    def _check_lora(self) -> None:
+        if self.lora is None:
+            given = {"lora_alpha": None, "lora_dropout": 0.0, "lora_targets": "all-linear"}
+            for name, default in given.items():
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name} belongs to low-rank adapters, got {getattr(self, name)!r} without "
+                        "a rank; give lora (--lora RANK) or leave it out"
+                    )
+            return
+        _integer("lora", self.lora, 1)
+        if self.lora_alpha is not None:
+            _number("lora_alpha", self.lora_alpha, above=0.0)
+        _number("lora_dropout", self.lora_dropout, least=0.0, below=1.0)
+        if not self.lora_targets or not isinstance(self.lora_targets, (str, list, tuple)):
+            raise ValueError(
+                f'lora_targets: expected names of layers or "all-linear", got {self.lora_targets!r}'
             )
 
     @classmethod
@@ -172,8 +230,24 @@ class TrainConfig:
             for field in dataclasses.fields(self)
             if field.name not in _NOT_IDENTITY
         }
-        resolved = {"betas": list(self.betas), "stride": self.scored, "kl_weight": self.beta}
+        resolved: dict[str, Any] = {
+            "betas": list(self.betas),
+            "stride": self.scored,
+            "kl_weight": self.beta,
+        }
+        if self.best_kept:
+            resolved["eval_every"] = self.eval_every
         return settings | resolved
+
+    @property
+    def best_kept(self) -> bool:
+        """Whether `out` holds the best evaluated step rather than the last."""
+        return self.keep_best or self.patience is not None
+
+    @property
+    def alpha(self) -> float:
+        """Numerator of the adapters' scale."""
+        return 2.0 * self.lora if self.lora_alpha is None else float(self.lora_alpha)
 
     @property
     def scored(self) -> int:

@@ -1,0 +1,57 @@
+"""The module that is trained: trunk, LM head and loss in one forward.
+
+DDP and FSDP2 wrap it whole, so that the head's weight, tied to the embedding or not, is used inside
+the forward of the module that owns it: there FSDP2 has gathered it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from .batches import Batch
+from .models import lm_head
+from .ops.sparse_kl import SparseKLOutput, sparse_kl
+from .ops.sparse_targets import SparseTargets
+
+
+class MemoryLoss(nn.Module):
+    """`forward(batch)` is the mean loss of the batch's scored rows, a `SparseKLOutput` in nats.
+
+    Equivalent, with p the batch's targets, to
+
+        logits = model(batch.input_ids).logits.flatten(0, 1)[batch.scored]
+        sparse_kl(logits, p, batch.labels, kl_weight=kl_weight)
+
+    but only scored positions reach the LM head (paper eqs. 4-6).
+
+    Args:
+        model: a Hugging Face causal LM with a linear head.
+        kl_weight: the paper's beta, in [0, 1].
+        autocast: dtype of the arithmetic; None: that of the weights.
+        compile: torch.compile the trunk.
+    """
+
+    def __init__(
+        self, model, *, kl_weight: float, autocast: torch.dtype | None = None, compile: bool = False
+    ):
+        super().__init__()
+        self.model, self.kl_weight, self.autocast = model, kl_weight, autocast
+        trunk = model.base_model
+        # In a tuple: registered as a submodule, the trunk would have its parameters twice.
+        self._trunk = (torch.compile(trunk, dynamic=False) if compile else trunk,)
+
+    def forward(self, batch: Batch) -> SparseKLOutput:
+        device = batch.input_ids.device
+        with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
+            outputs = self._trunk[0](input_ids=batch.input_ids, use_cache=False)
+            hidden = batch.select(outputs.last_hidden_state)
+            targets = batch.targets
+            if targets is None:
+                targets = SparseTargets.empty(len(batch.labels), device=device)
+            return _head_loss(hidden, lm_head(self.model), targets, batch.labels, self.kl_weight)
+
+
+def _head_loss(hidden, head: nn.Linear, targets, labels, kl_weight: float) -> SparseKLOutput:
+    """The loss of (n, D) hidden states; the logits are overwritten with their gradient."""
+    return sparse_kl(head(hidden), targets, labels, kl_weight=kl_weight, inplace=True)
