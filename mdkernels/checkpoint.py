@@ -29,8 +29,9 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
 from . import lora
-from .distributed import Processes, gather
+from .distributed import gather
 from .seal import seal
+from .trained_model import TrainedModel
 
 _STATE_JSON = "training_state.json"
 _STATE_TENSORS = "training_state.safetensors"
@@ -121,28 +122,27 @@ def restore_model(path: Path, model) -> None:
     model.load_state_dict(saved.state_dict())
 
 
-def moments(model, optimizer) -> dict[str, torch.Tensor]:
+def moments(trained: TrainedModel) -> dict[str, torch.Tensor]:
     """State of AdamW by parameter name, whole, on the CPU. Every process must call it.
 
     Under FSDP2 one parameter's state at a time is put together, and kept by process 0 alone.
     """
     tensors = {}
-    keep = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    for name, parameter in _trained(model):
-        for field, value in sorted(optimizer.state.get(parameter, {}).items()):
+    for name, parameter in _parameters(trained):
+        for field, value in sorted(trained.optimizer.state[parameter].items()):
             whole = gather(value)
-            if keep:
+            if trained.processes.is_main:
                 tensors[f"adamw.{name}.{field}"] = whole.cpu().contiguous()
     return tensors
 
 
-def restore_moments(path: Path, model, optimizer, processes: Processes) -> None:
+def restore_moments(path: Path, trained: TrainedModel) -> None:
     """Load AdamW's state, which process 0 reads. Every process must call it.
 
     Raises ValueError if the checkpoint belongs to a model with other parameters.
     """
     tensors: dict[str, torch.Tensor] = {}
-    wanted = [f"adamw.{name}.exp_avg" for name, _ in _trained(model)]
+    wanted = [f"adamw.{name}.exp_avg" for name, _ in _parameters(trained)]
 
     def read() -> None:
         tensors.update(load_file(path / _STATE_TENSORS))
@@ -152,18 +152,18 @@ def restore_moments(path: Path, model, optimizer, processes: Processes) -> None:
                 f"{path} does not belong to this model: optimizer state differs at {odd[0]}"
             )
 
-    processes.on_main(read)
-    for name, parameter in _trained(model):
-        state = optimizer.state[parameter]
+    trained.processes.on_main(read)
+    for name, parameter in _parameters(trained):
+        state = trained.optimizer.state[parameter]
         for field in ("exp_avg", "exp_avg_sq"):
             whole = tensors.get(f"adamw.{name}.{field}")
-            state[field] = processes.scatter(whole, parameter.detach())
+            state[field] = trained.processes.scatter(whole, parameter.detach())
         count = torch.zeros((), device=parameter.device)
-        state["step"] = processes.scatter(tensors.get(f"adamw.{name}.step"), count)
+        state["step"] = trained.processes.scatter(tensors.get(f"adamw.{name}.step"), count)
 
 
-def _trained(model):
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+def _parameters(trained: TrainedModel):
+    return [(name, p) for name, p in trained.model.named_parameters() if p.requires_grad]
 
 
 def _discard(path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from .models import lm_head
 from .train_config import TrainConfig
@@ -35,6 +36,8 @@ def add_adapter(model, config: TrainConfig):
         lora_alpha=config.alpha,
         lora_dropout=config.lora_dropout,
         target_modules=targets,
+        # GPT-2's layers store their weights transposed.
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

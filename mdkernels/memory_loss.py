@@ -11,7 +11,8 @@ from torch import nn
 
 from .batches import Batch
 from .models import lm_head
-from .ops.sparse_kl import SparseKLOutput, sparse_kl
+from .ops.linear_sparse_kl import linear_sparse_kl
+from .ops.sparse_kl import SparseKLOutput
 from .ops.sparse_targets import SparseTargets
 
 
@@ -23,7 +24,7 @@ class MemoryLoss(nn.Module):
         logits = model(batch.input_ids).logits.flatten(0, 1)[batch.scored]
         sparse_kl(logits, p, batch.labels, kl_weight=kl_weight)
 
-    but only scored positions reach the LM head (paper eqs. 4-6).
+    but only scored positions reach the LM head, a chunk of rows at a time (paper eqs. 4-6).
 
     Args:
         model: a Hugging Face causal LM with a linear head.
@@ -49,9 +50,12 @@ class MemoryLoss(nn.Module):
             targets = batch.targets
             if targets is None:
                 targets = SparseTargets.empty(len(batch.labels), device=device)
-            return _head_loss(hidden, lm_head(self.model), targets, batch.labels, self.kl_weight)
-
-
-def _head_loss(hidden, head: nn.Linear, targets, labels, kl_weight: float) -> SparseKLOutput:
-    """The loss of (n, D) hidden states; the logits are overwritten with their gradient."""
-    return sparse_kl(head(hidden), targets, labels, kl_weight=kl_weight, inplace=True)
+            head = lm_head(self.model)
+            return linear_sparse_kl(
+                hidden,
+                head.weight,
+                targets,
+                batch.labels,
+                bias=head.bias,
+                kl_weight=self.kl_weight,
+            )

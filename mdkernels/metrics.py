@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,9 @@ class Metrics:
     step and {"step", "eval": {...}} per evaluation. Trackers get the numbers among them.
     """
 
-    def __init__(self, rows: list[dict[str, Any]], path: Path | None, trackers: Sequence[Any] = ()):
+    def __init__(
+        self, rows: list[dict[str, Any]], path: Path | None = None, trackers: Sequence[Any] = ()
+    ):
         self.rows, self.trackers = rows, trackers
         self._file = None if path is None else open(path, "a", encoding="utf-8")  # noqa: SIM115
 
@@ -56,6 +59,16 @@ def cut(path: Path, size: int) -> list[dict[str, Any]]:
     with open(path, "r+b") as stream:
         stream.truncate(size)
         return [json.loads(line) for line in stream.read().splitlines()]
+
+
+def check_finite(step: int, measures: Sequence[float]) -> None:
+    """Raise FloatingPointError, naming the step, unless all its measures (loss first, gradient norm
+    last) are finite."""
+    if not all(map(math.isfinite, measures)):
+        raise FloatingPointError(
+            f"step {step}: loss is {measures[0]}, gradient norm {measures[-1]}; training stopped. "
+            "Checkpoints are as they were; try a smaller lr, warmup_steps, or dtype float32"
+        )
 
 
 def start_trackers(

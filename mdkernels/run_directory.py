@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from . import checkpoint, metrics, preflight
-from .artifact import FILE_NAME
+from .artifact import FILE_NAME, PARTIAL, ArtifactError
 from .artifact_writer import ArtifactWriter
+from .seal import find_damage
 from .train_config import TrainConfig
 
 
@@ -41,6 +42,7 @@ class RunDirectory:
     def __init__(self, config: TrainConfig, header: dict[str, Any], tokenizer):
         self.config, self.header, self.tokenizer = config, header, tokenizer
         self.out = Path(os.path.realpath(config.out))
+        self.work = self.out.with_name(self.out.name + PARTIAL)
 
     def open(self, stack: ExitStack, model) -> Start:
         """Lock the directory until `stack` ends; put the weights of its last checkpoint into
@@ -50,7 +52,6 @@ class RunDirectory:
         self.writer = stack.enter_context(
             ArtifactWriter(self.out, "train", self.header, overwrite=self.config.overwrite)
         )
-        self.work = self.writer.work
         self.metrics = self.work / metrics.METRICS
         start = Start()
         step = self.writer.state.get("step", 0) if self.config.resume else 0
@@ -65,6 +66,14 @@ class RunDirectory:
             self.metrics.unlink(missing_ok=True)
         (self.work / preflight.RUN).write_text(json.dumps(self.header), encoding="utf-8")
         return start
+
+    def open_metrics(self, rows: list[dict[str, Any]]) -> metrics.Metrics:
+        """The log of this run, which has `rows` already, and its trackers."""
+        start = max((row["step"] for row in rows), default=0)
+        trackers = metrics.start_trackers(
+            self.config.track or (), self.work, self.out.name, self.config.identity(), start
+        )
+        return metrics.Metrics(rows, self.metrics, trackers)
 
     def checkpoint(self, step: int) -> Path:
         return checkpoint.path_of(self.checkpoints, step)
@@ -81,6 +90,18 @@ class RunDirectory:
         # Older checkpoints go only after the record of progress points at the new one.
         self.writer.checkpoint(step=step)
         checkpoint.prune(directory, self.config.keep, best and best["step"])
+
+    def load(self, step: int, model) -> None:
+        """Put the weights of the checkpoint of `step` into `model`. Raises ArtifactError if its
+        files are not as they were written."""
+        path = self.checkpoint(step)
+        damage = find_damage(path)
+        if damage is not None:
+            raise ArtifactError(
+                f"checkpoint {path}, the best step, is damaged ({damage}). Put back a copy and "
+                "repeat the command"
+            )
+        checkpoint.restore_model(path, model)
 
     def commit(self, model, **fields: Any) -> None:
         """Model, tokenizer and metrics become the artefact at `out`, described by `fields`."""

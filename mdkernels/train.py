@@ -18,12 +18,11 @@ is the mean over the scored rows of all of them.
 
 from __future__ import annotations
 
-import copy
-import math
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +31,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from . import checkpoint, lora, preflight
+from . import checkpoint, preflight
 from .batches import WindowBatches
 from .corpus import open_corpus, windows
-from .distributed import Processes, accumulating, gather
+from .distributed import Processes, accumulating
 from .early_stop import BestStep
 from .evaluate import MixtureEval
 from .interrupt import CtrlC, Interrupted
-from .memory_loss import MemoryLoss
-from .metrics import Metrics, check_trackers, start_trackers
+from .metrics import Metrics, check_finite, check_trackers
 from .models import load_model, model_hash
-from .optimizer import adamw, lr_factor
+from .optimizer import lr_factor
 from .prefetch import Prefetcher
 from .run_directory import RunDirectory
 from .schedule import Schedule
@@ -50,6 +48,7 @@ from .scoring import unpadded
 from .targets import open_targets
 from .tokenizer_check import check_tokenizers
 from .train_config import DTYPES, TrainConfig
+from .trained_model import TrainedModel
 
 __all__ = ["EvalHook", "TrainConfig", "TrainResult", "train"]
 
@@ -119,9 +118,8 @@ class _Run:
         self.processes = Processes(config.device, config.parallel)
         self.device = self.processes.device
         tokenizer = preflight.tokenizer_of(config, corpus)
-        self.model = load_model(config.model, dtype=torch.float32, device=self.device)
-        preflight.check_model(self.model, corpus, config.block)
-        self.autocast = None if config.dtype == "float32" else DTYPES[config.dtype]
+        model = load_model(config.model, dtype=torch.float32, device=self.device)
+        preflight.check_model(model, corpus, config.block)
         self.on_eval = on_eval or self._mixture_hook()
         self.best = BestStep(config.monitor, config.patience) if config.best_kept else None
         if self.best is not None and self.on_eval is None:
@@ -139,19 +137,14 @@ class _Run:
             inputs["valid"] = open_corpus(config.valid)
         header = {
             "config": config.identity(),
-            "model_hash": model_hash(self.model),
+            "model_hash": model_hash(model),
             "tokenizer_hash": corpus.tokenizer_hash,
             "vocab_size": corpus.vocab_size,
             "processes": self.processes.count,
             "inputs": {name: a.content_id for name, a in inputs.items() if a is not None},
         }
         self.directory = RunDirectory(config, header, tokenizer)
-        # What checkpoints store: the model, or the adapter around it.
-        self.saved = lora.add_adapter(self.model, config) if config.lora else self.model
-        if config.activation_checkpointing:
-            options = {"use_reentrant": False}
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-        self.spare = None  # under FSDP2, process 0's whole copy of `saved`
+        self.trained = TrainedModel(model, config, self.processes)
         self.pending: list[tuple[dict[str, Any], Tensor]] = []
         self.seconds = 0.0
         self.trained_tokens = 0
@@ -160,54 +153,32 @@ class _Run:
     def execute(self) -> TrainResult:
         processes = self.processes
         with ExitStack() as stack:
-            start = processes.on_main(lambda: self.directory.open(stack, self.saved))
+            start = processes.on_main(lambda: self.directory.open(stack, self.trained.saved))
             if self.best is not None and start.best is not None:
                 self.best.restore(start.best)
-            self._wrap()
+            self.trained.spread()
             if start.step:
-                path = processes.on_main(lambda: self.directory.checkpoint(start.step))
-                checkpoint.restore_moments(path, self.model, self.optimizer, processes)
-            self.metrics = stack.enter_context(self._open_metrics(start))
-            stack.enter_context(unpadded(self.model))
+                path = self.directory.checkpoint(start.step)
+                checkpoint.restore_moments(path, self.trained)
+            log = self.directory.open_metrics if processes.is_main else Metrics
+            self.metrics = stack.enter_context(log(start.rows))
+            stack.enter_context(unpadded(self.trained.model))
             step = self._loop(start.step)
-            trained = self._finish(step)
             best = None if self.best is None else self.best.step
+            other = best not in (None, step)
+            load = partial(self.directory.load, best) if other else None
+            model = self.trained.finished(load)
             fields = {"steps": step, "best_step": best, "epochs": self.schedule.epochs(step)}
-            processes.on_main(lambda: self.directory.commit(trained, **fields))
+            processes.on_main(lambda: self.directory.commit(model, **fields))
         return TrainResult(
             path=self.directory.out,
-            model=trained,
+            model=model,
             **fields,
             seconds=self.seconds,
             tokens_per_s=self.trained_tokens / self.seconds if self.seconds else 0.0,
             metrics=self.metrics.rows,
             is_main=processes.is_main,
         )
-
-    def _wrap(self) -> None:
-        """Spread the model over the processes; only then may the optimizer see its parameters."""
-        config, processes = self.config, self.processes
-        processes.equalise(self.model)
-        if processes.sharded and processes.is_main:
-            self.spare = copy.deepcopy(self.saved).to("cpu")
-        module = MemoryLoss(
-            self.model, kl_weight=config.beta, autocast=self.autocast, compile=config.compile
-        )
-        self.module = processes.wrap(module, set(self.model._no_split_modules or ()))
-        self.optimizer = adamw(self.model, config)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def _whole(self):
-        """What checkpoints store, with all its weights in process 0. Every process must call it."""
-        if not self.processes.sharded:
-            return self.saved
-        kept = {} if self.spare is None else dict(self.spare.named_parameters())
-        for name, parameter in self.saved.named_parameters():
-            if parameter.requires_grad:
-                whole = gather(parameter)
-                if name in kept:
-                    kept[name].data.copy_(whole)
-        return self.saved if self.spare is None else self.spare
 
     def _loop(self, start: int) -> int:
         """Train from step `start` to the end, or until it stops early; the last step done."""
@@ -224,7 +195,7 @@ class _Run:
         ranges = self.schedule.ranges(start)
         batches = Prefetcher(self.data, ranges, config.batch_size, self.device)
         with bar, CtrlC(notice) as self.ctrl_c, batches as self.batches:
-            self.model.train()
+            self.trained.model.train()
             self.mark = time.perf_counter()
             while step < steps and not (self.best is not None and self.best.exhausted):
                 step += 1
@@ -255,12 +226,12 @@ class _Run:
         # Dropout depends on (seed, step, process) alone, so a resumed run draws the same.
         seed = np.random.SeedSequence((self.config.seed, step, self.processes.rank))
         torch.manual_seed(int(seed.generate_state(1, np.uint64)[0]))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.trained.optimizer.zero_grad(set_to_none=True)
         measures = torch.zeros(4, device=self.device)  # loss, kl, ce, processes interrupted
         parts = self.schedule.parts(step)
         for i, part in enumerate(parts):
-            with accumulating(self.module, last=i == len(parts) - 1):
-                output = self.module(next(self.batches))
+            with accumulating(self.trained.module, last=i == len(parts) - 1):
+                output = self.trained.module(next(self.batches))
                 # Gradients are averaged over the processes. A factor of 1 would cost the in-place
                 # gradient another pass on some devices.
                 factor = part.share * count
@@ -269,17 +240,13 @@ class _Run:
         if self.ctrl_c.pressed:
             measures[3:].fill_(1.0)
         self.processes.sum_(measures)
-        limit = math.inf if self.config.clip is None else self.config.clip
-        norm = gather(torch.nn.utils.clip_grad_norm_(self.parameters, limit)).float()
-        values = torch.cat([measures, norm[None]])
+        values = torch.cat([measures, self.trained.clip()[None]])
         if self.device.type == "cpu":  # a GPU would have to be waited for; `_flush` checks there
-            _check_finite(step, values.tolist())
+            check_finite(step, values.tolist())
         lr = self.config.lr * lr_factor(step, self.schedule.steps, self.config)
         row = {"step": step, "epoch": self.schedule.epochs(step), "lr": lr}
         self.pending.append((row, values))
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
+        self.trained.update(lr)
         self.trained_tokens += len(parts) * self.schedule.per_forward * self.data.length
 
     def _flush(self, bar) -> None:
@@ -288,7 +255,7 @@ class _Run:
         elapsed = time.perf_counter() - self.mark
         speed = len(self.pending) * self.schedule.per_step * self.data.length / elapsed
         for (row, _), values in zip(self.pending, pending, strict=True):
-            _check_finite(row["step"], values)
+            check_finite(row["step"], values)
             loss, kl, ce, interrupted, norm = values
             self.interrupted |= interrupted > 0
             kl = None if self.data.targets is None else kl
@@ -302,54 +269,19 @@ class _Run:
 
     def _evaluate(self, step: int) -> bool:
         """Record an evaluation; whether it is the best so far, where that is asked for."""
-        self.model.eval()
-        model = lora.inner(self._whole())
-        result = self.processes.on_main(lambda: self._run_hook(model, step))
-        self.model.train()
+        result = self.trained.evaluate(self.on_eval, step)
         if result is not None:
             self.metrics.write({"step": step, "eval": result})
         self.mark = time.perf_counter()
         return self.best is not None and self.best.update(step, result)
 
-    def _run_hook(self, model, step: int) -> dict[str, Any] | None:
-        with torch.no_grad():
-            if self.spare is None:
-                return self.on_eval(model, step)
-            try:
-                return self.on_eval(model.to(self.device).eval(), step)
-            finally:
-                model.to("cpu")
-
     def _save(self, step: int) -> None:
-        moments = checkpoint.moments(self.model, self.optimizer)
-        model, best = self._whole(), None if self.best is None else self.best.state()
+        moments, model = checkpoint.moments(self.trained), self.trained.whole()
+        best = None if self.best is None else self.best.state()
         self.processes.on_main(
             lambda: self.directory.save(step, model, moments, best, self.metrics.sync())
         )
         self.mark = time.perf_counter()
-
-    def _finish(self, step: int):
-        """The Hugging Face model to keep, in eval mode."""
-        processes, model = self.processes, self._whole()
-        if self.best is not None and self.best.step not in (None, step):
-            path = self.directory.checkpoint
-            processes.on_main(lambda: checkpoint.restore_model(path(self.best.step), model))
-            if not processes.sharded:
-                processes.equalise(self.model)
-        whole = processes.is_main or not processes.sharded
-        return (lora.merge(model) if whole and lora.is_adapted(model) else lora.inner(model)).eval()
-
-    def _open_metrics(self, start) -> Metrics:
-        if not self.processes.is_main:
-            return Metrics(start.rows, None)
-        trackers = start_trackers(
-            self.config.track or (),
-            self.directory.work,
-            self.directory.out.name,
-            self.config.identity(),
-            start.step,
-        )
-        return Metrics(start.rows, self.directory.metrics, trackers)
 
     def _mixture_hook(self) -> EvalHook | None:
         config = self.config
@@ -362,14 +294,5 @@ class _Run:
             block=config.block,
             stride=config.scored,
             batch_size=config.batch_size,
-            autocast=self.autocast,
-        )
-
-
-def _check_finite(step: int, values) -> None:
-    if not all(map(math.isfinite, values)):
-        loss, norm = values[0], values[-1]
-        raise FloatingPointError(
-            f"step {step}: loss is {loss}, gradient norm {norm}; training stopped. Checkpoints are "
-            "as they were; try a smaller lr, warmup_steps, or dtype float32"
+            autocast=None if config.dtype == "float32" else DTYPES[config.dtype],
         )
