@@ -17,6 +17,11 @@ from .artifact import ArtifactError, digest
 from .corpus import Corpus
 from .ops.sparse_targets import SparseTargets
 
+_WAY_OUT = (
+    "Targets need one row per token but the last, in the order of the corpus: build the corpus "
+    "from the token stream they were made for, or the targets with `mdkernels targets`"
+)
+
 
 class TargetRows:
     """R sparse rows on the CPU, possibly much larger than memory. Reading a row touches only it."""
@@ -120,30 +125,37 @@ class LabelledTargets(TargetRows):
         Names the first differing row. Also refuses ids and probabilities that no row of this
         vocabulary can have.
         """
-        common = min(self.num_rows, corpus.num_rows)
-        following = torch.from_numpy(corpus.token_ids[1 : common + 1].astype(np.int64))
-        differing = (self.labels[:common] != following).nonzero()
-        problems = []
-        if self.num_rows != corpus.num_rows:
-            problems.append(f"they have {self.num_rows} rows, the corpus {corpus.num_rows}")
-        if len(differing):
-            row = int(differing[0, 0])
-            problems.append(
-                f"row {row} is the first that differs: its label is {int(self.labels[row])}, the "
-                f"next token of the corpus is {int(following[row])}"
-            )
-        elif problems:
-            problems.append(f"row {common} is the first that only one of them has")
-        if problems:
-            raise ArtifactError(
-                f"targets do not fit {corpus.artifact}: {'; '.join(problems)}. Targets need one "
-                "row per token but the last, in the order of the corpus; build the corpus from the "
-                "token stream that they were made for, or the targets with `mdkernels targets`"
-            )
+        check_labels(self.labels, corpus)
+        check_num_rows(self.num_rows, corpus)
         try:
             self._all.validate(corpus.vocab_size)
         except ValueError as error:
             raise ArtifactError(f"targets do not fit {corpus.artifact}: {error}") from error
+
+
+def check_labels(labels: Tensor, corpus: Corpus, start: int = 0) -> None:
+    """Raise ArtifactError at the first of `labels`, those of rows `start` and on, that is not the
+    next token of its row in `corpus`. Rows behind the end of the corpus are left to
+    `check_num_rows`."""
+    following = corpus.token_ids[start + 1 : start + 1 + len(labels)].astype(np.int64)
+    differing = np.flatnonzero(labels[: len(following)].numpy() != following)
+    if len(differing):
+        place = int(differing[0])
+        raise ArtifactError(
+            f"targets do not fit {corpus.artifact}: row {start + place} is the first that differs, "
+            f"its label is {int(labels[place])}, the next token of the corpus {following[place]}. "
+            f"{_WAY_OUT}"
+        )
+
+
+def check_num_rows(num_rows: int, corpus: Corpus) -> None:
+    """Raise ArtifactError unless `corpus` has `num_rows` rows."""
+    if num_rows != corpus.num_rows:
+        raise ArtifactError(
+            f"targets do not fit {corpus.artifact}: they have {num_rows} rows, the corpus "
+            f"{corpus.num_rows}; row {min(num_rows, corpus.num_rows)} is the first that only one "
+            f"of them has. {_WAY_OUT}"
+        )
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
