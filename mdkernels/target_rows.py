@@ -79,7 +79,10 @@ class TargetRows:
             next_row, next_entry = row + stop - start, entry + high - low
             np.add(offsets[start + 1 : stop + 1], entry - low, out=shifted[row + 1 : next_row + 1])
             ids_out[entry:next_entry] = ids_in[low:high]
-            probs_out[entry:next_entry] = probs_in[low:high]
+            if self._normalize:
+                _widen(stored.probs[low:high], probs[entry:next_entry])
+            else:
+                probs_out[entry:next_entry] = probs_in[low:high]
             row, entry = next_row, next_entry
         if self._normalize:
             _divide_by_row_sums(probs_out, shifted)
@@ -156,6 +159,13 @@ def check_num_rows(num_rows: int, corpus: Corpus) -> None:
             f"{corpus.num_rows}; row {min(num_rows, corpus.num_rows)} is the first that only one "
             f"of them has. {_WAY_OUT}"
         )
+
+
+def _widen(stored: Tensor, out: Tensor) -> None:
+    """fp16 to fp32: by torch, which takes a sixth of numpy's time, in pieces that it does not hand
+    to its thread pool."""
+    for source, target in zip(stored.split(1 << 14), out.split(1 << 14), strict=True):
+        target.copy_(source)
 
 
 def _numpy(tensor: Tensor) -> np.ndarray:
