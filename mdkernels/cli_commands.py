@@ -39,6 +39,13 @@ def targets(**settings: Any) -> str:
     )
 
 
+def import_targets(**settings: Any) -> str:
+    from .integrations.official import import_targets as run
+
+    built = run(**settings)
+    return f"{built.path}: {built.num_rows:,} rows, {built.nnz / built.num_rows:.1f} tokens each"
+
+
 def train(**settings: Any) -> str | None:
     from . import distributed
     from .train import TrainConfig

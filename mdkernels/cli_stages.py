@@ -157,6 +157,21 @@ TARGETS = Stage(
     ),
 )
 
+IMPORT_TARGETS = Stage(
+    "import-targets",
+    "turn targets of the authors' code into a targets directory",
+    "import_targets",
+    "mdkernels.integrations.official:import_targets",
+    "mdkernels import-targets --path knn_gpt2_train_1600.arrow --corpus run/corpus "
+    "--out run/targets",
+    (
+        _path("path", "knn_*.arrow file of the authors' code", required=True),
+        _path("corpus", "corpus whose positions its rows are, in order", required=True),
+        _path("out", "targets directory to write", required=True),
+        _OVERWRITE,
+    ),
+)
+
 TRAIN = Stage(
     "train",
     "train a memory model on targets, or any causal LM on plain text",
@@ -305,4 +320,15 @@ DOCTOR = Stage(
     "mdkernels doctor",
 )
 
-STAGES = (CORPUS, DATASTORE, INDEX, TARGETS, TRAIN, EVALUATE, GENERATE, DEMO, DOCTOR)
+STAGES = (
+    CORPUS,
+    DATASTORE,
+    INDEX,
+    TARGETS,
+    IMPORT_TARGETS,
+    TRAIN,
+    EVALUATE,
+    GENERATE,
+    DEMO,
+    DOCTOR,
+)

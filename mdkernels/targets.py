@@ -44,7 +44,8 @@ class TargetStore(TargetRows):
         self.content_id = artifact.content_id
         self.tokenizer_hash: str = self.meta["tokenizer_hash"]
         self.vocab_size: int = self.meta["vocab_size"]
-        self.knn_temperature: float = self.meta["config"]["knn_temperature"]
+        self.knn_temperature: float | None = self.meta["config"]["knn_temperature"]
+        """None where the targets were imported."""
         arrays = [artifact.array(name) for name in ("row_offsets", "token_ids", "probs")]
         offsets, ids, probs = arrays
         if len(offsets) < 2 or len(ids) != len(probs) or (offsets[0], offsets[-1]) != (0, len(ids)):
@@ -82,8 +83,8 @@ def open_targets(targets: Any, *, verify: bool = False) -> TargetStore | Labelle
 
     Args:
         targets: a targets directory; an `.arrow` file of the authors' code, which is read into
-            memory (`mdkernels.integrations.official.read_targets`); a pair (SparseTargets, labels);
-            or an opened one, which is returned as it is.
+            memory (`mdkernels import-targets` makes a directory of one); a pair (SparseTargets,
+            labels); or an opened one, which is returned as it is.
         verify: see `read_artifact`.
     """
     if isinstance(targets, TargetStore | LabelledTargets):

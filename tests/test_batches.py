@@ -2,21 +2,22 @@
 
 import contextlib
 import itertools
+import json
 import re
 import threading
 import traceback
-import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mdkernels import SparseTargets
+from mdkernels import SparseTargets, artifact
 from mdkernels.batches import WindowBatches
 from mdkernels.corpus import windows
 from mdkernels.prefetch import Prefetcher
 from mdkernels.target_rows import TargetRows
+from mdkernels.targets import TargetStore, open_targets
 
 CPU = torch.device("cpu")
 VOCAB = 997
@@ -94,6 +95,20 @@ def test_fp16_targets_sum_to_one_again():
     assert (sums[filled] - 1).abs().max() < 1e-6
     assert (sums[~filled] == 0).all()
     assert (~filled).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_probabilities_from_elsewhere_keep_their_dtype(dtype):
+    stored = ragged(60)
+    stored = SparseTargets(stored.row_offsets, stored.token_ids, stored.probs.to(dtype))
+    spans = np.array([[40, 60], [3, 3], [0, 4], [2, 9]])
+    found = TargetRows(stored).gather(spans)
+    rows = torch.cat([torch.arange(a, b) for a, b in spans])
+    wanted = stored.select(rows)
+    assert torch.equal(found.row_offsets, wanted.row_offsets)
+    assert torch.equal(found.token_ids, wanted.token_ids)
+    assert found.probs.dtype == dtype
+    assert torch.equal(found.probs, wanted.probs)
 
 
 def test_no_window_gives_an_unscored_batch():
@@ -223,24 +238,48 @@ def resident_bytes() -> int:
     return int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 
-def test_a_store_beyond_memory_is_read_by_row(tmp_path):
-    """2^31 + 8192 entries in files with holes, 17 GB to whoever reads them whole: the last rows lie
-    where an index of 32 bits no longer reaches."""
-    rows, each = (1 << 17) + 1024, 1 << 14
+def store_with_holes(path: Path, rows: int, each: int) -> TargetStore:
+    """Targets of `rows` rows of `each` entries, in files without blocks but for the last three
+    rows, which count from 0."""
     nnz = rows * each
-    assert nnz > 1 << 31
-    maps = []
+    path.mkdir()
+    (path / "row_offsets.bin").write_bytes((np.arange(rows + 1, dtype="<i8") * each).tobytes())
     for name, dtype in (("token_ids", "<i4"), ("probs", "<f4")):
-        with open(tmp_path / name, "wb") as stream:
+        with open(path / f"{name}.bin", "wb") as stream:
             stream.truncate(nnz * 4)
             stream.seek((nnz - 3 * each) * 4)
             stream.write(np.arange(3 * each, dtype=dtype).tobytes())
-        maps.append(np.memmap(tmp_path / name, dtype, "r"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch says, once, that the maps are read-only
-        ids, probs = map(torch.from_numpy, maps)
+    shapes = {"row_offsets": ("int64", rows + 1), "token_ids": ("int32", nnz)}
+    shapes["probs"] = ("float32", nnz)
+    meta = {
+        "format": artifact.FORMAT,
+        "version": artifact.VERSION,
+        "kind": TargetStore.kind,
+        "tokenizer_hash": "",
+        "vocab_size": 1 << 20,
+        "config": {"knn_temperature": 1.0},
+        "arrays": {
+            name: {
+                "dtype": dtype,
+                "shape": [length],
+                "bytes": (path / f"{name}.bin").stat().st_size,
+                "checksum": 0,
+            }
+            for name, (dtype, length) in shapes.items()
+        },
+        "files": {},
+    }
+    (path / artifact.META).write_text(json.dumps(meta | {"checksum": artifact.digest(meta)}))
+    return open_targets(path)
+
+
+def test_a_store_beyond_memory_is_read_by_row(tmp_path):
+    """2^31 + 2^24 entries, 17 GB to whoever reads them whole; the last rows lie where an index of
+    32 bits no longer reaches."""
+    rows, each = (1 << 17) + 1024, 1 << 14
+    assert rows * each > 1 << 31
     before = resident_bytes()
-    targets = TargetRows(SparseTargets(torch.arange(rows + 1) * each, ids, probs))
+    targets = store_with_holes(tmp_path / "targets", rows, each)
     tokens = np.zeros(rows + 1, np.uint16)
     data = WindowBatches(tokens, windows(rows, 64, 32), 64, seed=0, targets=targets)
     last = data.gather(data.spans[-1:], 1)

@@ -52,8 +52,8 @@ def test_a_label_that_differs_is_named_before_the_first_step(data, pair, tmp_pat
     for later in {found, targets.num_rows - 1}:
         labels[later] = (labels[later] + 1) % data[0].vocab_size
     message = (
-        rf"row {found} is the first that differs: its label is {int(labels[found])}, "
-        rf"the next token of the corpus is {int(data[0].token_ids[found + 1])}\."
+        rf"row {found} is the first that differs, its label is {int(labels[found])}, "
+        rf"the next token of the corpus {int(data[0].token_ids[found + 1])}\."
     )
     with pytest.raises(ArtifactError, match=message):
         train(config((data[0], (targets, labels)), tmp_path / "out"))
@@ -74,7 +74,7 @@ def test_rows_missing_or_shifted_are_named(data, pair):
     middle = torch.arange(rows) != 50
     first = int((labels[51:] != labels[50:-1]).nonzero()[0, 0]) + 50
     shifted = LabelledTargets(targets.select(middle), labels[middle])
-    with pytest.raises(ArtifactError, match=rf"rows, the corpus {rows}; row {first} is the first"):
+    with pytest.raises(ArtifactError, match=rf": row {first} is the first that differs"):
         shifted.check_corpus(corpus)
 
 
@@ -129,3 +129,47 @@ def test_an_interrupted_run_on_other_targets_is_not_continued(data, pair, tmp_pa
     model = tiny_model("llama", seed=3)
     resumed = train(config((data[0], pair), tmp_path / "out", model=model, **settings))
     assert [row["step"] for row in steps(resumed)] == list(range(1, 7))
+
+
+def test_an_imported_file_is_an_artefact_of_its_corpus(data, pair, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(official, "_BATCH_ROWS", 100)  # several record batches
+    corpus, (targets, labels) = data[0], pair
+    path = tmp_path / "knn.arrow"
+    official.write_targets(path, targets, labels)
+    imported = official.import_targets(path, corpus, tmp_path / "targets")
+    read, _ = official.read_targets(path)
+    assert imported.num_rows == corpus.num_rows
+    for name in ("row_offsets", "token_ids", "probs"):
+        assert torch.equal(getattr(imported.rows(0, corpus.num_rows), name), getattr(read, name))
+    from_file = train(config((corpus, path), tmp_path / "a", max_steps=2))
+    from_artefact = train(config((corpus, str(imported.path)), tmp_path / "b", max_steps=2))
+    assert same(weights(from_file.model), weights(from_artefact.model))
+
+
+def test_a_file_of_other_rows_is_not_imported(data, pair, tmp_path, monkeypatch):
+    pytest.importorskip("pyarrow")
+    monkeypatch.setattr(official, "_BATCH_ROWS", 100)
+    corpus, (targets, labels) = data[0], pair
+    path, out, rows = tmp_path / "knn.arrow", tmp_path / "targets", corpus.num_rows
+
+    def refused(targets, labels, message):
+        official.write_targets(path, targets, labels, overwrite=True)
+        with pytest.raises(ArtifactError, match=message):
+            official.import_targets(path, corpus, out)
+        assert [p.name for p in tmp_path.iterdir()] == ["knn.arrow"]
+
+    other = labels.clone()
+    other[150] = (other[150] + 1) % corpus.vocab_size
+    refused(targets, other, "row 150 is the first that differs")
+    refused(targets.rows(0, rows - 5), labels[:-5], f"{rows - 5} rows, the corpus {rows}; row")
+    twice = SparseTargets(
+        torch.cat([targets.row_offsets, targets.row_offsets[1:] + targets.nnz]),
+        targets.token_ids.repeat(2),
+        targets.probs.repeat(2),
+    )
+    refused(twice, labels.repeat(2), f"they have {2 * rows} rows, the corpus {rows}; row {rows} is")
+    ids = targets.token_ids.clone()
+    ids[targets.row_offsets[203]] = corpus.vocab_size
+    wide = SparseTargets(targets.row_offsets, ids, targets.probs)
+    refused(wide, labels, f"row 203 has token {corpus.vocab_size}, not below vocab_size")

@@ -24,7 +24,7 @@ from mdkernels.preflight import usable_checkpoint
 from mdkernels.targets import open_targets
 from mdkernels.train import train
 
-SAVE_EVERY, STEPS = 2, 12
+SAVE_EVERY, STEPS = 2, 30
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def survive(corpus: str, targets: str, root: str) -> None:
         train(config(data, root / "killed", **settings))
 
     work, draw = root / "killed.partial", random.Random(int.from_bytes(os.urandom(4)))
-    for least in (2, 5, 8):  # steps, then up to a few more or a checkpoint half written
+    for least in (2, 8, 14):  # steps, then up to a few more or a checkpoint half written
         pid = in_child(run)
         while last_line(work / "metrics.jsonl") < least:
             assert os.waitpid(pid, os.WNOHANG) == (0, 0), "the run ended before it was killed"
