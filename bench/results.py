@@ -96,16 +96,16 @@ def write(path: Path, document: dict) -> None:
     check(document, where=path.name)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
-    partial.write_text(json.dumps(_rounded(document), indent=1) + "\n")
+    partial.write_text(json.dumps(rounded(document), indent=1) + "\n")
     partial.replace(path)
 
 
-def _rounded(value):
+def rounded(value):
     """Five significant digits: more is noise in the diff of a results file."""
     if isinstance(value, dict):
-        return {key: _rounded(inner) for key, inner in value.items()}
+        return {key: rounded(inner) for key, inner in value.items()}
     if isinstance(value, list):
-        return [_rounded(inner) for inner in value]
+        return [rounded(inner) for inner in value]
     return float(f"{value:.5g}") if isinstance(value, float) else value
 
 

@@ -33,9 +33,7 @@ class Batch:
         return flat if self.scored is None else flat.index_select(0, self.scored)
 
     def to(self, device: torch.device) -> Batch:
-        """Copy to `device`; a CPU batch is returned as it is."""
-        if device.type == "cpu":
-            return self
+        """Copy to `device`, without waiting where the batch is pinned."""
         move = {"device": device, "non_blocking": True}
         return Batch(
             self.input_ids.to(**move),
@@ -43,6 +41,12 @@ class Batch:
             self.labels.to(**move),
             None if self.targets is None else self.targets.to(device, non_blocking=True),
         )
+
+    def tensors(self) -> list[torch.Tensor]:
+        """Every tensor of the batch."""
+        targets = self.targets
+        parts = () if targets is None else (targets.row_offsets, targets.token_ids, targets.probs)
+        return [t for t in (self.input_ids, self.scored, self.labels, *parts) if t is not None]
 
 
 class WindowBatches:
@@ -66,45 +70,47 @@ class WindowBatches:
 
     def order(self, epoch: int) -> np.ndarray:
         """Window indices of `epoch`, a permutation fixed by (seed, epoch)."""
-        if epoch not in self._orders:
-            # A batch may straddle two epochs; older ones are never asked for again.
-            self._orders = {e: o for e, o in self._orders.items() if e == epoch - 1}
-            self._orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(len(self))
-        return self._orders[epoch]
+        orders = self._orders  # replaced, never changed: a prefetching thread reads it too
+        if epoch not in orders:
+            # A batch may straddle two epochs; older ones are rarely asked for again.
+            orders = {e: o for e, o in orders.items() if e == epoch - 1}
+            orders[epoch] = np.random.default_rng((self.seed, epoch)).permutation(len(self))
+            self._orders = orders
+        return orders[epoch]
 
-    def take(self, first: int, stop: int, size: int) -> Batch:
-        """Windows `first`..`stop` of the endless sequence of epochs, as a batch of `size`."""
+    def picked(self, first: int, stop: int) -> np.ndarray:
+        """(stop - first, 2) scored rows of windows `first`..`stop` of the endless sequence of
+        epochs."""
         count = len(self)
-        picked = [self.order(g // count)[g % count] for g in range(first, stop)]
-        return self.gather(self.spans[picked], size)
+        return self.spans[[self.order(g // count)[g % count] for g in range(first, stop)]]
 
-    def gather(self, spans: np.ndarray, size: int) -> Batch:
-        """The batch that scores the rows of `spans` (n windows, n <= size)."""
-        starts, ends = spans[:, 0], spans[:, 1]
-        first_inputs = ends - self.length
-        padded = np.concatenate([first_inputs, np.repeat(first_inputs[:1], size - len(spans))])
-        positions = padded[:, None] + np.arange(self.length)
-        input_ids = torch.from_numpy(self.token_ids[positions].astype(np.int64))
+    def take(self, first: int, stop: int, size: int, *, pin: bool = False) -> Batch:
+        """Windows `first`..`stop` of the endless sequence of epochs, as a batch of `size`."""
+        return self.gather(self.picked(first, stop), size, pin=pin)
 
-        rows = np.concatenate([np.arange(s, e) for s, e in spans])
-        labels = torch.from_numpy(self.token_ids[rows + 1].astype(np.int64))
+    def gather(self, spans: np.ndarray, size: int, *, pin: bool = False) -> Batch:
+        """The batch that scores the rows of `spans` (n windows, n <= size), in fresh memory.
+
+        n = 0 gives `size` windows without a scored row: what is left for a process of several when
+        the last batch of a run is shorter than their number. `pin` as in `TargetRows.gather`.
+        """
+        counts = spans[:, 1] - spans[:, 0]
+        rows, length = int(counts.sum()), self.length
+        input_ids = torch.empty(size, length, dtype=torch.int64, pin_memory=pin)
+        labels = torch.empty(rows, dtype=torch.int64, pin_memory=pin)
         scored = None
-        if len(rows) != positions.size:
-            window = np.repeat(np.arange(len(spans)), ends - starts)
-            scored = torch.from_numpy(rows - first_inputs[window] + window * self.length)
-        targets = None
-        if self.targets is not None:
-            targets = concatenate_rows([self.targets.rows(int(s), int(e)) for s, e in spans])
+        if rows != size * length:
+            scored = torch.empty(rows, dtype=torch.int64, pin_memory=pin)
+        inputs, following = input_ids.numpy(), labels.numpy()
+        row = 0
+        for window, (start, stop) in enumerate(spans.tolist()):
+            inputs[window] = self.token_ids[stop - length : stop]
+            next_row = row + stop - start
+            following[row:next_row] = self.token_ids[start + 1 : stop + 1]
+            if scored is not None:
+                end = (window + 1) * length
+                scored.numpy()[row:next_row] = np.arange(end - (stop - start), end)
+            row = next_row
+        inputs[len(spans) :] = inputs[0] if len(spans) else self.token_ids[:length]
+        targets = None if self.targets is None else self.targets.gather(spans, pin=pin)
         return Batch(input_ids, scored, labels, targets)
-
-
-def concatenate_rows(pieces: list[SparseTargets]) -> SparseTargets:
-    """The rows of all `pieces`, one after the other."""
-    counts = torch.cat([piece.row_offsets.diff() for piece in pieces])
-    row_offsets = torch.zeros(len(counts) + 1, dtype=torch.int64)
-    torch.cumsum(counts, 0, out=row_offsets[1:])
-    return SparseTargets(
-        row_offsets,
-        torch.cat([piece.token_ids for piece in pieces]),
-        torch.cat([piece.probs for piece in pieces]),
-    )

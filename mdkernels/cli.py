@@ -52,12 +52,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.parser.error(_unknown_flag(unknown[0], stage))
     try:
         text = getattr(cli_commands, stage.command)(**_settings(stage, vars(arguments)))
-    except KeyboardInterrupt:
-        print(
-            f"\nmdkernels {stage.name}: interrupted; the same command continues from its last "
-            "checkpoint, if it has made one",
-            file=sys.stderr,
+    except KeyboardInterrupt as stop:
+        how = str(stop) or (
+            "interrupted; the same command continues from its last checkpoint, if it has made one"
         )
+        if os.environ.get("RANK", "0") == "0":  # of several processes, one is enough
+            print(f"\nmdkernels {stage.name}: {how}", file=sys.stderr)
         return 130
     except Exception as error:
         if not _is_users(error):
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
             sub.add_argument(
                 "--config",
                 metavar="FILE",
-                help="JSON object of options, with underscores; flags on the command line win",
+                help="JSON or YAML (.yaml, .yml) file of options, with underscores; flags win",
             )
         sub.add_argument(
             "--traceback",
@@ -141,10 +141,7 @@ def _settings(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
     known = {option.name: option for option in stage.options}
     settings: dict[str, Any] = {}
     if given.get("config") is not None:
-        with open(given["config"], encoding="utf-8") as stream:
-            settings = json.load(stream)
-        if not isinstance(settings, dict):
-            raise ValueError(f"config: {given['config']} must hold a JSON object")
+        settings = _read_config(given["config"])
         for name in settings:
             if name not in known:
                 raise ValueError(f"config: unknown option {name!r}{_nearest(name, list(known))}")
@@ -154,6 +151,22 @@ def _settings(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(
             f"missing {', '.join(missing)}; for example: {' '.join(stage.example.split())}"
         )
+    return settings
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    with open(path, encoding="utf-8") as stream:
+        if path.endswith((".yaml", ".yml")):
+            import yaml  # transformers requires it
+
+            try:
+                settings = yaml.safe_load(stream)
+            except yaml.YAMLError as error:
+                raise ValueError(f"config: {path} is no YAML: {error}") from error
+        else:
+            settings = json.load(stream)
+    if not isinstance(settings, dict):
+        raise ValueError(f"config: {path} must hold a JSON object or a YAML mapping")
     return settings
 
 

@@ -39,15 +39,27 @@ def targets(**settings: Any) -> str:
     )
 
 
-def train(**settings: Any) -> str:
+def import_targets(**settings: Any) -> str:
+    from .integrations.official import import_targets as run
+
+    built = run(**settings)
+    return f"{built.path}: {built.num_rows:,} rows, {built.nnz / built.num_rows:.1f} tokens each"
+
+
+def train(**settings: Any) -> str | None:
+    from . import distributed
     from .train import TrainConfig
     from .train import train as run
 
     result = run(TrainConfig.from_dict(settings))
+    distributed.leave()
+    if not result.is_main:
+        return None
     last = next(row for row in reversed(result.metrics) if "loss" in row)
+    best = "" if result.best_step is None else f", weights of step {result.best_step:,}"
     return (
         f"{result.path}: {result.steps:,} steps, {result.epochs:.2f} epochs, loss "
-        f"{last['loss']:.4f}, {result.tokens_per_s:,.0f} tokens/s"
+        f"{last['loss']:.4f}, {result.tokens_per_s:,.0f} tokens/s{best}"
     )
 
 

@@ -57,11 +57,11 @@ def _count(name: str, help_text: str, default: int | None = None, **more: Any) -
     return Option(name, help_text, default, type=int, metavar="N", **more)
 
 
-def _windows(batch_size: int) -> tuple[Option, ...]:
+def _windows(batch_size: int, of_batch: str = "windows per forward pass") -> tuple[Option, ...]:
     return (
         _count("block", "input tokens per window", 1024),
         _count("stride", "scored tokens per window, its last ones (default: half of block)"),
-        _count("batch_size", "windows per forward pass", batch_size),
+        _count("batch_size", of_batch, batch_size),
     )
 
 
@@ -157,6 +157,21 @@ TARGETS = Stage(
     ),
 )
 
+IMPORT_TARGETS = Stage(
+    "import-targets",
+    "turn targets of the authors' code into a targets directory",
+    "import_targets",
+    "mdkernels.integrations.official:import_targets",
+    "mdkernels import-targets --path knn_gpt2_train_1600.arrow --corpus run/corpus "
+    "--out run/targets",
+    (
+        _path("path", "knn_*.arrow file of the authors' code", required=True),
+        _path("corpus", "corpus whose positions its rows are, in order", required=True),
+        _path("out", "targets directory to write", required=True),
+        _OVERWRITE,
+    ),
+)
+
 TRAIN = Stage(
     "train",
     "train a memory model on targets, or any causal LM on plain text",
@@ -166,18 +181,22 @@ TRAIN = Stage(
     "--out run/memory",
     (
         _CORPUS,
-        _path("targets", "targets directory of that corpus; not needed for objective ce"),
+        _path(
+            "targets",
+            "targets directory of that corpus, or the authors' .arrow file; none for objective ce",
+        ),
         _model("model", "initial model", required=True),
         _path("out", "model directory to write", required=True),
         _model("tokenizer", "tokenizer, if the model directory has none"),
         Option(
             "objective",
-            "kl_ce: Memory Decoder; kl: targets only; ce: language modelling",
+            "kl_ce: Memory Decoder; kl: targets only; ce: language modelling; of a base "
+            "model that is domain-adaptive pre-training (DAPT) of all its weights",
             "kl_ce",
             choices=("kl_ce", "kl", "ce"),
         ),
         _number("kl_weight", "weight of KL in kl_ce, 0..1, the paper's beta (default: 0.5)"),
-        *_windows(16),
+        *_windows(16, "windows per forward pass, in each process"),
         _count("grad_accum", "forward passes per optimizer step", 1),
         _number("epochs", "passes over the corpus; this or --max-steps is needed"),
         _count("max_steps", "optimizer steps"),
@@ -191,13 +210,39 @@ TRAIN = Stage(
         _count("warmup_steps", "optimizer steps of linear warm-up", 0),
         _number("weight_decay", "decoupled decay of matrices, per unit of lr", 0.0),
         _number("clip", "largest gradient norm", 1.0),
+        _count("lora", "train low-rank adapters of this rank only, merged at the end; needs peft"),
+        _number("lora_alpha", "scale of the adapters times their rank (default: 2 * rank)"),
+        _number("lora_dropout", "dropout in front of the adapters, 0..1", 0.0),
+        Option(
+            "lora_targets",
+            "layers that get adapters",
+            "all-linear",
+            metavar="NAME",
+            many=True,
+        ),
         _count("seed", "seed of window order and dropout", 0),
         _DEVICE,
         _DTYPE,
         Option("compile", "torch.compile the trunk: 10-30 s once, then faster steps", False),
+        Option("activation_checkpointing", "recompute blocks in the backward: less memory", False),
+        Option(
+            "parallel",
+            "with torchrun or accelerate launch; fsdp2 cuts weights and moments by process",
+            "auto",
+            choices=("auto", "ddp", "fsdp2"),
+        ),
         _path("valid", "corpus for the mixture perplexity during training; needs --base"),
         _model("base", "base model for that perplexity"),
         _count("eval_every", "optimizer steps between evaluations (default: only at the end)"),
+        _count("patience", "stop after N evaluations without a new best; implies --keep-best"),
+        Option("keep_best", "keep the best evaluated step instead of the last", False),
+        Option(
+            "monitor",
+            "number of the evaluation that decides which is best, smaller being better",
+            "mixture_perplexity",
+            metavar="NAME",
+        ),
+        Option("track", "log to tensorboard, wandb, ... too", metavar="NAME", many=True),
         _count("log_every", "optimizer steps between reads of the loss on a GPU", 10),
         _count("save_every", "optimizer steps between checkpoints", 500),
         _count("keep", "newest checkpoints kept", 1),
@@ -275,4 +320,15 @@ DOCTOR = Stage(
     "mdkernels doctor",
 )
 
-STAGES = (CORPUS, DATASTORE, INDEX, TARGETS, TRAIN, EVALUATE, GENERATE, DEMO, DOCTOR)
+STAGES = (
+    CORPUS,
+    DATASTORE,
+    INDEX,
+    TARGETS,
+    IMPORT_TARGETS,
+    TRAIN,
+    EVALUATE,
+    GENERATE,
+    DEMO,
+    DOCTOR,
+)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .decode import decode
 from .mixture import MemoryMixture
 from .models import load_tokenizer
+from .train_config import DTYPES, resolve_device
 
 
 def generate(
@@ -42,13 +44,13 @@ def generate(
             tokens, as the corpus was.
         tokenizer: None: that of `base`, which must then be a directory or hub id.
         mix_weight, memory_temperature, max_new_tokens, temperature, top_k, top_p, min_p, seed: see
-            `MemoryMixture.generate`.
+            `MemoryMixture` and `decode`.
         side_by_side: also decode with the base alone, from the same random streams.
         stream: where to write the text while it is made (one prompt only), for example sys.stdout.
         dtype: "float32" or "bfloat16" weights; live models keep theirs.
 
     Texts end before the eos token. Raises ValueError for an empty prompt, naming it, and as
-    `MemoryMixture` does.
+    `MemoryMixture` and `decode` do.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if tokenizer is None and isinstance(base, torch.nn.Module):
@@ -68,8 +70,8 @@ def generate(
         memory,
         mix_weight=mix_weight,
         memory_temperature=memory_temperature,
-        device=device,
-        dtype=dtype,
+        device=resolve_device(device),
+        dtype=DTYPES[dtype],
     )
     models = {"mixture": mixture}
     if side_by_side:
@@ -81,7 +83,8 @@ def generate(
         if stream is not None:
             stream.write(f"--- {name}\n{texts[0]}")
             printer = _Printer(tokenizer, encoded[0], stream)
-        tokens = model.generate(
+        tokens = decode(
+            model,
             input_ids,
             mask,
             max_new_tokens=max_new_tokens,

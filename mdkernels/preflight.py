@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from . import checkpoint
 from .artifact import PARTIAL, ArtifactError
 from .models import load_tokenizer
 from .scoring import check_scorable
+from .seal import find_damage
 from .tokenizer_check import check_tokenizers, check_trained
 from .train_config import TrainConfig
 
@@ -61,6 +63,42 @@ def refuse_other_config(out: Path, header: dict[str, Any]) -> None:
             "repeat that config to continue it, choose another out, or pass resume=False "
             "(--no-resume) to discard it"
         )
+
+
+def usable_checkpoint(directory: Path, step: int) -> Path:
+    """The checkpoint of `step`, or the newest one before it whose files are as they were written.
+
+    Warns when it is not that of `step`, naming the damage; damaged ones are put aside under a name
+    that is never listed. Raises ArtifactError, and changes nothing, when there is none.
+    """
+    damaged: dict[Path, str] = {}
+    wanted = checkpoint.path_of(directory, step)
+    found = [path for path in checkpoint.checkpoints(directory) if path.name <= wanted.name]
+    if wanted not in found:
+        damaged[wanted] = "it is missing"
+    for path in reversed(found):
+        damage = find_damage(path)
+        if damage is None:
+            break
+        damaged[path] = damage
+    else:
+        raise ArtifactError(
+            f"no checkpoint to resume from: {_listed(damaged)}. Put back a copy, or pass "
+            "resume=False (--no-resume) to discard the run and start again"
+        )
+    if damaged:
+        warnings.warn(
+            f"{_listed(damaged)}; training goes on from {path.name}, later steps are repeated",
+            stacklevel=2,
+        )
+    for bad in damaged:
+        if bad.exists():
+            bad.rename(bad.with_name(f".damaged-{bad.name}"))
+    return path
+
+
+def _listed(damaged: dict[Path, str]) -> str:
+    return "; ".join(f"checkpoint {path} is damaged ({why})" for path, why in damaged.items())
 
 
 def _flat(header: dict[str, Any]) -> dict[str, Any]:

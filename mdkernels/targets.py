@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import time
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,12 +27,13 @@ from .datastore import Datastore, open_datastore
 from .index import Index, open_index
 from .ops.knn_targets import knn_targets
 from .ops.sparse_targets import SparseTargets
+from .target_rows import LabelledTargets, TargetRows
 
 DEFAULT_RELATIVE_TEMPERATURE = 0.05
 
 
-class TargetStore:
-    """An opened targets artefact: R sparse rows in the order of the corpus."""
+class TargetStore(TargetRows):
+    """An opened targets artefact: R sparse rows in the order of the corpus, each summing to 1."""
 
     kind = "targets"
 
@@ -42,7 +44,8 @@ class TargetStore:
         self.content_id = artifact.content_id
         self.tokenizer_hash: str = self.meta["tokenizer_hash"]
         self.vocab_size: int = self.meta["vocab_size"]
-        self.knn_temperature: float = self.meta["config"]["knn_temperature"]
+        self.knn_temperature: float | None = self.meta["config"]["knn_temperature"]
+        """None where the targets were imported."""
         arrays = [artifact.array(name) for name in ("row_offsets", "token_ids", "probs")]
         offsets, ids, probs = arrays
         if len(offsets) < 2 or len(ids) != len(probs) or (offsets[0], offsets[-1]) != (0, len(ids)):
@@ -53,33 +56,13 @@ class TargetStore:
         with warnings.catch_warnings():
             # Maps are read-only and torch warns that its tensors do not know that.
             warnings.simplefilter("ignore")
-            self._all = SparseTargets(*map(torch.from_numpy, arrays))
+            targets = SparseTargets(*map(torch.from_numpy, arrays))
+        super().__init__(targets, normalize=targets.probs.dtype == torch.float16)
         if artifact.verified:
             try:
                 self._all.validate(self.vocab_size)
             except ValueError as error:
                 raise ArtifactError(f"{artifact}: {error}") from error
-
-    @property
-    def num_rows(self) -> int:
-        return self._all.num_rows
-
-    @property
-    def nnz(self) -> int:
-        return self._all.nnz
-
-    def rows(self, start: int, stop: int) -> SparseTargets:
-        """Rows [start, stop). Probabilities of a row sum to 1; a row may be empty.
-
-        fp32 stores give views of the file, which must not be written to; fp16 stores give fp32
-        copies, normalised again because rounding to fp16 changed the sums.
-        """
-        targets = self._all.rows(start, stop)
-        if targets.probs.dtype == torch.float32:
-            return targets
-        owner, probs = targets.row_ids(), targets.probs.float()
-        mass = torch.zeros(targets.num_rows).index_add_(0, owner, probs)
-        return SparseTargets(targets.row_offsets, targets.token_ids, probs / mass[owner])
 
     def check_corpus(self, corpus: Corpus) -> None:
         """Raise ArtifactError unless these are the targets of exactly this corpus."""
@@ -95,10 +78,27 @@ class TargetStore:
             )
 
 
-def open_targets(targets: TargetStore | str | os.PathLike, *, verify: bool = False) -> TargetStore:
-    """Open a targets directory; an opened one is returned as it is. See `read_artifact`."""
-    if isinstance(targets, TargetStore):
+def open_targets(targets: Any, *, verify: bool = False) -> TargetStore | LabelledTargets:
+    """Open the targets of a training run.
+
+    Args:
+        targets: a targets directory; an `.arrow` file of the authors' code, which is read into
+            memory (`mdkernels import-targets` makes a directory of one); a pair (SparseTargets,
+            labels); or an opened one, which is returned as it is.
+        verify: see `read_artifact`.
+    """
+    if isinstance(targets, TargetStore | LabelledTargets):
         return targets
+    if isinstance(targets, tuple | list):
+        if len(targets) != 2:
+            raise TypeError(
+                f"targets: expected a pair (SparseTargets, labels), got {len(targets)} values"
+            )
+        return LabelledTargets(*targets)
+    if Path(targets).suffix == ".arrow":
+        from .integrations.official import read_targets
+
+        return LabelledTargets(*read_targets(targets))
     return TargetStore(read_artifact(targets, TargetStore.kind, verify=verify))
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import bench_fixtures
 import pytest
 import torch
-from bench_fixtures import BENCH, make_case, measure, providers
+from bench_fixtures import BENCH, Clock, make_case, measure, providers
 
 load = bench_fixtures.load
 ROOT = BENCH.parent
@@ -111,10 +111,12 @@ def test_goals_keep_the_worst_of_several_shapes(load):
 
 
 def test_ratios_and_goals(load):
-    found = measure(load, make_case(load, providers(load)))
+    clock = Clock()
+    found = measure(load, make_case(load, providers(load, clock)), clock)
     by_name = {row["provider"]: row for row in found["rows"]}
-    assert by_name["eager"]["times_subject"]["cpu"]["median"] > 5
-    assert by_name["cpu"]["times_floor"]["median"] < 1.5
+    assert by_name["eager"]["times_subject"]["cpu"]["median"] == pytest.approx(25.0)
+    assert by_name["cpu"]["times_floor"]["median"] == pytest.approx(1.25)
+    assert by_name["cpu"]["ms"]["median"] == pytest.approx(0.2)
     goals = {goal["goal"]: goal for goal in found["goals"]}
     assert goals["token_logprobs eager"]["met"]
     assert goals["token_logprobs roof"]["baseline"] == "floor"

@@ -189,6 +189,13 @@ def test_config_file_and_flags(monkeypatch, capsys, tmp_path):
     status, _, err = run("train", "--config", file, capsys=capsys)
     assert status == 2
     assert "unknown option 'batchsize', did you mean 'batch_size'?" in err
+    yaml = tmp_path / "train.yaml"
+    yaml.write_text("corpus: c\nmodel: m\nout: o\nlr: 0.1\nmax_steps: 7\n")
+    seen.clear()
+    assert run("train", "--config", yaml, "--max-steps", 9, capsys=capsys)[0] == 0
+    assert seen == {"corpus": "c", "model": "m", "out": "o", "lr": 0.1, "max_steps": 9}
+    yaml.write_text("a: [")
+    assert "is no YAML" in run("train", "--config", yaml, capsys=capsys)[2]
     file.write_text("[1]")
     assert "must hold a JSON object" in run("train", "--config", file, capsys=capsys)[2]
     file.write_text("{")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from pipeline_fixtures import FAMILIES, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 
+from mdkernels.decode import decode
 from mdkernels.generate import generate
 from mdkernels.mixture import MemoryMixture
 
@@ -52,7 +53,7 @@ def test_greedy_equals_full_recomputation(family, memory_family):
     base, memory = tiny_model(family), tiny_model(memory_family, seed=1)
     mixture = MemoryMixture(base, memory, 0.6, memory_temperature=1.5)
     prompt = encode(PROMPTS[0])
-    found = mixture.generate(torch.tensor([prompt]), max_new_tokens=12)[0].tolist()
+    found = decode(mixture, torch.tensor([prompt]), max_new_tokens=12)[0].tolist()
     assert found == greedy(base, [memory], prompt, [0.6], 12, temperature=1.5)
     assert len(found) == len(prompt) + 12
 
@@ -64,7 +65,7 @@ def test_left_padded_batch_equals_each_row_alone(family):
     rows = [encode(prompt) for prompt in PROMPTS]
     ids, mask = left_padded(rows)
     assert len({len(row) for row in rows}) == 3
-    batch = mixture.generate(ids, mask, max_new_tokens=10)
+    batch = decode(mixture, ids, mask, max_new_tokens=10)
     for row, tokens in zip(rows, batch.tolist(), strict=True):
         assert tokens[-10:] == greedy(base, [memory], row, [0.5], 10)[-10:]
 
@@ -73,8 +74,8 @@ def test_a_memory_of_weight_zero_or_one_leaves_one_model():
     base, memory = tiny_model("llama"), tiny_model("gpt2", seed=1)
     ids = torch.tensor([encode(PROMPTS[0])])
     for weight, alone in ((0.0, base), (1.0, memory)):
-        mixed = MemoryMixture(base, memory, weight).generate(ids, max_new_tokens=8)
-        assert torch.equal(mixed, MemoryMixture(alone, []).generate(ids, max_new_tokens=8))
+        mixed = decode(MemoryMixture(base, memory, weight), ids, max_new_tokens=8)
+        assert torch.equal(mixed, decode(MemoryMixture(alone, []), ids, max_new_tokens=8))
 
 
 def test_two_memories():
@@ -82,7 +83,7 @@ def test_two_memories():
     memories = [tiny_model("gpt2", seed=1), tiny_model("qwen2", seed=2)]
     prompt = encode(PROMPTS[0])
     mixture = MemoryMixture(base, memories, [0.3, 0.4])
-    found = mixture.generate(torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
+    found = decode(mixture, torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
     assert found == greedy(base, memories, prompt, [0.3, 0.4], 8)
 
 
@@ -91,7 +92,7 @@ def test_padded_vocabularies_decode_over_the_common_ids():
     prompt = encode(PROMPTS[0])
     for pair in ((base, memory), (memory, base)):
         mixture = MemoryMixture(*pair, 0.5)
-        found = mixture.generate(torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
+        found = decode(mixture, torch.tensor([prompt]), max_new_tokens=8)[0].tolist()
         assert found == greedy(pair[0], [pair[1]], prompt, [0.5], 8)
         assert max(found) < 320
 
@@ -105,7 +106,7 @@ def test_a_row_ends_at_eos_and_the_batch_with_its_last_row():
     first = [new.index(eos) if eos in new else None for new in free]
     assert first[0] is not None
     ids, mask = left_padded(rows)
-    found = mixture.generate(ids, mask, max_new_tokens=20, eos_token_id=eos, pad_token_id=5)
+    found = decode(mixture, ids, mask, max_new_tokens=20, eos_token_id=eos, pad_token_id=5)
     new = found[:, ids.shape[1] :].tolist()
     longest = max(20 if end is None else end + 1 for end in first)
     for got, expected, end in zip(new, free, first, strict=True):
@@ -121,7 +122,7 @@ def test_sampling_follows_the_mixture():
     draws = 4000
     ids = torch.tensor([prompt]).repeat(draws, 1)
     mixture = MemoryMixture(base, memory, 0.4)
-    found = mixture.generate(ids, max_new_tokens=1, temperature=1.0, seed=11)[:, -1]
+    found = decode(mixture, ids, max_new_tokens=1, temperature=1.0, seed=11)[:, -1]
     expected = mixture_probs(base, [memory], prompt, [0.4]).numpy() * draws
     counts = np.bincount(found.numpy(), minlength=len(expected))
     order = np.argsort(-expected)
@@ -137,22 +138,22 @@ def test_sampling_repeats_with_its_seed_and_does_not_depend_on_the_batch():
     mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2", seed=1), 0.4)
     ids = torch.tensor([encode(PROMPTS[0])]).repeat(6, 1)
     options = {"max_new_tokens": 12, "temperature": 1.0}
-    batch = mixture.generate(ids, seed=3, **options)
-    assert torch.equal(batch, mixture.generate(ids, seed=3, **options))
+    batch = decode(mixture, ids, seed=3, **options)
+    assert torch.equal(batch, decode(mixture, ids, seed=3, **options))
     seeds = torch.arange(40, 46)
-    own = mixture.generate(ids, seed=seeds, **options)
+    own = decode(mixture, ids, seed=seeds, **options)
     for slot in (0, 3, 5):
-        alone = mixture.generate(ids[:1], seed=seeds[slot : slot + 1], **options)
+        alone = decode(mixture, ids[:1], seed=seeds[slot : slot + 1], **options)
         assert torch.equal(own[slot : slot + 1], alone)
-    assert not torch.equal(batch, mixture.generate(ids, seed=4, **options))
+    assert not torch.equal(batch, decode(mixture, ids, seed=4, **options))
     assert len({tuple(row) for row in batch.tolist()}) == 6
 
 
 def test_top_k_one_is_greedy_at_any_temperature():
     mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2", seed=1), 0.4)
     ids = torch.tensor([encode(PROMPTS[0])])
-    sampled = mixture.generate(ids, max_new_tokens=8, temperature=2.0, top_k=1)
-    assert torch.equal(sampled, mixture.generate(ids, max_new_tokens=8))
+    sampled = decode(mixture, ids, max_new_tokens=8, temperature=2.0, top_k=1)
+    assert torch.equal(sampled, decode(mixture, ids, max_new_tokens=8))
 
 
 @pytest.mark.parametrize(
@@ -179,12 +180,12 @@ def test_bad_arguments_are_refused_before_any_compute(changes, message, monkeypa
     ids = torch.ones(1, 3, dtype=torch.int64)
     arguments = {"input_ids": ids, "max_new_tokens": 8, **changes}
     with pytest.raises(ValueError, match=message):
-        mixture.generate(**arguments)
+        decode(mixture, **arguments)
 
 
 def test_the_longest_prompt_that_fits_decodes():
     mixture = MemoryMixture(tiny_model("gpt2"), tiny_model("llama"), 0.5)
-    assert mixture.generate(torch.ones(1, 3, dtype=torch.int64), max_new_tokens=62).shape == (1, 65)
+    assert decode(mixture, torch.ones(1, 3, dtype=torch.int64), max_new_tokens=62).shape == (1, 65)
 
 
 def test_weights_and_temperatures_out_of_range():

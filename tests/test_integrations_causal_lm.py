@@ -219,3 +219,16 @@ def test_keys_with_their_targets(data, tmp_path):
     other = make_targets(make_corpus(tmp_path / "corpus", count=3), tmp_path)
     with pytest.raises(ArtifactError, match="datastore"):
         KeyDataset(root / "datastore", other)
+    with pytest.raises(TypeError, match="expected an artefact of the targets stage"):
+        KeyDataset(root / "datastore", (expected, labels))
+
+
+def test_windows_with_targets_from_elsewhere(data):
+    """A pair (SparseTargets, labels) travels with its data, having no path."""
+    rows = data.targets.rows(0, data.corpus.num_rows)
+    labels = torch.from_numpy(data.corpus.token_ids[1:].astype("int64"))
+    pair = WindowDataset(data.corpus, (rows, labels), block=BLOCK, stride=STRIDE)
+    copy = pickle.loads(pickle.dumps(pair))
+    assert torch.equal(copy[1]["targets"].token_ids, data[1]["targets"].token_ids)
+    with pytest.raises((ArtifactError, ValueError), match="label"):
+        WindowDataset(data.corpus, (rows, labels.flip(0)), block=BLOCK, stride=STRIDE)

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from pipeline_fixtures import VOCAB_SIZE, tiny_model
+from pipeline_fixtures import VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from train_fixtures import make_corpus, make_targets, same, weights
+from transformers import AutoModelForCausalLM
 
 import mdkernels
 from mdkernels.datastore import open_datastore
@@ -16,7 +17,8 @@ from mdkernels.targets import open_targets
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 # What each block is recognised by; every block of the README has a test below.
-LOSS, LOOP, TRAINER = "from_padded", "for batch in loader", "SparseKLTrainer"
+MIXTURE, LOSS = "MemoryMixture", "from_padded"
+LOOP, TRAINER = "for batch in loader", "SparseKLTrainer"
 LIGHTNING, TOPK, MLP = "LightningModule", "from_topk_logprobs", "KeyDataset"
 
 
@@ -50,7 +52,7 @@ def names(root, monkeypatch):
 
 
 def test_every_block_is_tested_and_short():
-    marks = (LOSS, LOOP, TRAINER, LIGHTNING, TOPK, MLP)
+    marks = (MIXTURE, LOSS, LOOP, TRAINER, LIGHTNING, TOPK, MLP)
     assert [sum(mark in text for mark in marks) for text in blocks()] == [1] * len(marks)
     for text in blocks():
         lines = [line for line in text.splitlines() if line.strip()]
@@ -59,6 +61,19 @@ def test_every_block_is_tested_and_short():
 
 def draw(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_mixture(tmp_path, monkeypatch):
+    """The hub id is also a relative path."""
+    monkeypatch.chdir(tmp_path)
+    save_tiny_checkpoint("Qwen/Qwen2.5-1.5B", "qwen2", context=256)
+    save_tiny_checkpoint("path/to/memory", "llama", context=256, seed=1)
+    names = run(MIXTURE, {"torch": torch, "tokenizer": tiny_tokenizer()})
+    loaded = AutoModelForCausalLM.from_pretrained("mixture")
+    ids = names["ids"]["input_ids"]
+    with torch.no_grad():
+        found, expected = (m(input_ids=ids).logits for m in (loaded, names["model"]))
+    assert torch.equal(found, expected)
 
 
 def test_losses_of_padded_lists(names, capsys):

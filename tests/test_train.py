@@ -11,6 +11,7 @@ from pipeline_fixtures import FAMILIES, tiny_model, tiny_tokenizer
 from train_fixtures import BLOCK, STRIDE, config, make_corpus, make_targets, same, steps, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mdkernels import memory_loss
 from mdkernels.train import TrainConfig, train
 
 
@@ -106,13 +107,21 @@ def test_gradients_of_one_step_equal_the_dense_loss(data, tmp_path):
         assert (ours - parameter.grad).abs().max() < 1e-5 * scale + 1e-9, name
 
 
-def test_only_scored_positions_reach_the_head(data, tmp_path):
-    model = tiny_model("llama", seed=3)
+def test_only_scored_positions_reach_the_head(data, tmp_path, monkeypatch):
     shapes = set()
-    handle = model.lm_head.register_forward_pre_hook(lambda _m, args: shapes.add(args[0].shape))
+    op = memory_loss.linear_sparse_kl
+
+    def recorded(hidden, *arguments, **options):
+        shapes.add(tuple(hidden.shape))
+        return op(hidden, *arguments, **options)
+
+    monkeypatch.setattr(memory_loss, "linear_sparse_kl", recorded)
+    model = tiny_model("llama", seed=3)
+    called = set()
+    handle = model.lm_head.register_forward_pre_hook(lambda _m, args: called.add(args[0].shape))
     train(config(data, tmp_path / "out", model=model, max_steps=6))
     handle.remove()
-    shapes.discard((1, 8, 32))  # the probe that compares the head with the model's logits
+    assert called <= {(1, 8, 32)}  # the probe that compares the head with the model's logits
     assert (4 * STRIDE, 32) in shapes
     assert shapes <= {(4 * STRIDE, 32), (3 * STRIDE + BLOCK, 32)}
 
@@ -134,7 +143,9 @@ def test_every_window_is_read_once_per_epoch(data, tmp_path, monkeypatch):
     monkeypatch.setattr(
         WindowBatches,
         "gather",
-        lambda self, spans, size: seen.extend(map(tuple, spans)) or gather(self, spans, size),
+        lambda self, spans, *more, **options: (
+            seen.extend(map(tuple, spans)) or gather(self, spans, *more, **options)
+        ),
     )
     result = train(config(data, tmp_path / "out", epochs=2, batch_size=5))
     spans = sorted(map(tuple, data[0].windows(BLOCK, STRIDE)))

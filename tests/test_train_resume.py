@@ -1,17 +1,11 @@
-"""What a killed, failed or refused training run leaves behind, and how it goes on."""
+"""What a failed or refused training run leaves behind, and how it goes on."""
 
 import dataclasses
 import errno
-import json
 import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
-import torch
 from pipeline_fixtures import save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from train_fixtures import config, make_corpus, make_targets, same, steps, weights
 from transformers import AutoModelForCausalLM
@@ -43,63 +37,6 @@ def stop_at(step):
 
 def without_times(rows):
     return [{k: v for k, v in row.items() if k != "tokens_per_s"} for row in rows]
-
-
-def dropout_model():
-    """Random state matters in it: a resume that forgot it would differ."""
-    model = tiny_model("gpt2", seed=3)
-    for module in model.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.2
-    return model
-
-
-KILLED = """
-    import os, signal, torch
-    torch.set_num_threads({threads})  # sums of another number of threads round differently
-    from mdkernels.train import train
-    from mdkernels.corpus import open_corpus
-    from mdkernels.targets import open_targets
-    from train_fixtures import config
-    from test_train_resume import dropout_model
-    data = open_corpus({corpus!r}), open_targets({targets!r})
-
-    def hook(model, step):
-        if step == {step}:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    train(config(data, {out!r}, model=dropout_model(), save_every=3, eval_every=1), on_eval=hook)
-"""
-
-
-def test_kill_9_and_rerun_equal_the_uninterrupted_run_bit_for_bit(data, tmp_path):
-    whole = train(config(data, tmp_path / "whole", model=dropout_model(), save_every=3))
-    out = tmp_path / "killed"
-    script = textwrap.dedent(KILLED).format(
-        corpus=str(data[0].path),
-        targets=str(data[1].path),
-        out=str(out),
-        step=8,
-        threads=torch.get_num_threads(),
-    )
-    killed = subprocess.run(
-        [sys.executable, "-c", script],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-        timeout=240,
-        capture_output=True,
-    )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    assert not out.exists()
-    (saved,) = (tmp_path / "killed.partial" / "checkpoints").iterdir()
-    assert saved.name == "step-00000006"
-    assert AutoModelForCausalLM.from_pretrained(saved) is not None
-
-    resumed = train(config(data, out, model=dropout_model(), save_every=3))
-    assert same(weights(whole.model), weights(resumed.model))
-    assert without_times(resumed.metrics) == without_times(whole.metrics)
-    lines = (out / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in lines] == resumed.metrics
-    assert not (tmp_path / "killed.partial").exists()
 
 
 @pytest.mark.parametrize("step", [1, 3, 4, 11])

@@ -31,7 +31,8 @@ class KeyDataset(Dataset):
     Args:
         datastore, targets: artefacts of those stages, opened or as directories.
 
-    Raises ArtifactError when the targets were not made from this datastore.
+    Raises ArtifactError when the targets were not made from this datastore, TypeError for targets
+    that do not say.
     """
 
     def __init__(
@@ -42,6 +43,11 @@ class KeyDataset(Dataset):
         batch_size: int = 512,
     ):
         self.datastore, self.targets = open_datastore(datastore), open_targets(targets)
+        if not isinstance(self.targets, TargetStore):
+            raise TypeError(
+                "targets: expected an artefact of the targets stage, which says what datastore it "
+                f"was made from, got {type(self.targets).__name__}"
+            )
         if batch_size < 1:
             raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
         self.targets.artifact.expect(

@@ -21,7 +21,11 @@ import torch
 from torch import Tensor
 
 from ..artifact import ArtifactError
+from ..artifact_writer import ArtifactWriter
+from ..corpus import Corpus, open_corpus
 from ..ops.sparse_targets import SparseTargets
+from ..target_rows import check_labels, check_num_rows
+from ..targets import TargetStore
 from .arrow_stream import arrow, read_batches, write_batches
 
 _BATCH_ROWS = 1 << 14
@@ -51,17 +55,74 @@ def read_targets(path: str | os.PathLike) -> tuple[SparseTargets, Tensor]:
             or label outside [0, 2**31), a negative or non-finite probability.
         ImportError: pyarrow is not installed.
     """
-    path = Path(path)
     lengths, ids, probs, labels = [], [], [], []
+    for targets, following in iter_targets(path):
+        columns = (targets.row_offsets.diff(), targets.token_ids, targets.probs, following)
+        for parts, column in zip((lengths, ids, probs, labels), columns, strict=True):
+            parts.append(column)
+    offsets = torch.nn.functional.pad(torch.cat(lengths).cumsum(0), (1, 0))
+    return SparseTargets(offsets, torch.cat(ids), torch.cat(probs)), torch.cat(labels)
+
+
+def iter_targets(path: str | os.PathLike) -> Iterator[tuple[SparseTargets, Tensor]]:
+    """The record batches of a ``knn_*.arrow`` file, each as `read_targets` gives the whole.
+
+    A file without rows yields one empty pair. Raises as `read_targets`.
+    """
+    path = Path(path)
     row = 0
     for batch in read_batches(path, _TARGETS):
-        columns = _targets_columns(path, batch, row)
-        for parts, column in zip((lengths, ids, probs, labels), columns, strict=True):
-            parts.append(torch.from_numpy(column))
+        lengths, *columns = _targets_columns(path, batch, row)
+        ids, probs, labels = map(torch.from_numpy, columns)
         row += batch.num_rows
-    offsets = torch.zeros(row + 1, dtype=torch.int64)
-    torch.cumsum(torch.cat(lengths), 0, out=offsets[1:])
-    return SparseTargets(offsets, torch.cat(ids), torch.cat(probs)), torch.cat(labels)
+        yield SparseTargets(torch.from_numpy(_offsets(lengths)), ids, probs), labels
+
+
+def import_targets(
+    path: str | os.PathLike,
+    corpus: Corpus | str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+) -> TargetStore:
+    """Write a ``knn_*.arrow`` file as the targets artefact `out` of `corpus`.
+
+    A training run maps the artefact, where it would read the file into memory; one record batch is
+    held at a time here. Every label is compared with the corpus, so that the artefact belongs to
+    it like one of `mdkernels.targets.build_targets`. The neighbour search behind the file is
+    unknown: `knn_temperature` is None.
+
+    Raises:
+        ArtifactError: as `read_targets`; the rows are not those of the corpus, naming the first
+            that differs; a token is not below the corpus' vocab_size; `out` is taken.
+        ImportError: pyarrow is not installed.
+    """
+    corpus = open_corpus(corpus)
+    header = {
+        "tokenizer_hash": corpus.tokenizer_hash,
+        "vocab_size": corpus.vocab_size,
+        "config": {"knn_temperature": None, "source": Path(path).name},
+        "inputs": {Corpus.kind: corpus.content_id},
+    }
+    with ArtifactWriter(out, TargetStore.kind, header, overwrite=overwrite) as writer:
+        offsets = writer.array("row_offsets", "int64")
+        token_ids, probs = writer.array("token_ids", "int32"), writer.array("probs", "float32")
+        offsets.append(np.zeros(1, np.int64))
+        for targets, labels in iter_targets(path):
+            start = offsets.rows - 1
+            check_labels(labels, corpus, start)
+            beyond = targets.token_ids >= corpus.vocab_size
+            if bool(beyond.any()):
+                row = start + int(targets.row_ids()[beyond][0])
+                raise ArtifactError(
+                    f"{path}: row {row} has token {int(targets.token_ids[beyond][0])}, not below "
+                    f"vocab_size {corpus.vocab_size} of {corpus.artifact}"
+                )
+            offsets.append(targets.row_offsets[1:].numpy() + token_ids.rows)
+            token_ids.append(targets.token_ids.numpy())
+            probs.append(targets.probs.numpy())
+        check_num_rows(offsets.rows - 1, corpus)
+        return TargetStore(writer.commit())
 
 
 def write_targets(

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from ..corpus import Corpus, open_corpus
 from ..ops.sparse_targets import SparseTargets
-from ..targets import TargetStore, open_targets
+from ..targets import open_targets
 
 IGNORE_INDEX = -100
 _KNOWN = {"input_ids", "labels", "shift_labels", "attention_mask", "targets"}
@@ -35,10 +35,11 @@ class WindowDataset(Dataset):
         targets: SparseTargets with one row per scored position: views of the memory-mapped file,
             which must not be written to. Absent without `targets`, as for validation text.
 
-    Copies to other processes carry the paths, not the data.
+    Copies to other processes carry the paths of artefacts, not their data.
 
     Args:
-        corpus, targets: artefacts of those stages, opened or as directories.
+        corpus: an artefact of that stage, opened or as a directory.
+        targets: likewise, or whatever else `open_targets` takes.
         block: tokens a window reads; `stride`: how many it scores (None: block // 2).
 
     Raises ArtifactError when the targets are not those of the corpus.
@@ -47,7 +48,7 @@ class WindowDataset(Dataset):
     def __init__(
         self,
         corpus: Corpus | str | os.PathLike,
-        targets: TargetStore | str | os.PathLike | None = None,
+        targets: Any = None,
         *,
         block: int = 1024,
         stride: int | None = None,
@@ -77,7 +78,7 @@ class WindowDataset(Dataset):
     def __getstate__(self) -> dict[str, Any]:
         return {
             "corpus": self.corpus.path,
-            "targets": None if self.targets is None else self.targets.path,
+            "targets": getattr(self.targets, "path", self.targets),
             "block": self.block,
             "stride": self.stride,
         }

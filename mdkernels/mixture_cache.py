@@ -1,0 +1,55 @@
+"""One key-value cache over all models of a mixture.
+
+A Hugging Face cache is a list of layers, and whatever generation does with it (reorder for beams,
+crop after a rejected draft, repeat, reset) it does to each layer. So the cache of a mixture is one
+flat list, base first, and each model works on a cache of its own that holds the same layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from transformers import Cache, PreTrainedConfig
+from transformers.cache_utils import DynamicCache, StaticCache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+# The name under which models take and return their cache; transformers 5.24 renamed it.
+CACHE = "cache"
+if CACHE not in {field.name for field in fields(CausalLMOutputWithPast)}:
+    CACHE = "past_key_values"
+
+
+class MixtureCache(Cache):
+    """The concatenation of one cache per model, base first, sharing their layers.
+
+    Args:
+        caches: any kinds of `Cache` whose layers exist already, such as `DynamicCache(config=...)`
+            or `StaticCache`; they stay the models' own caches, as `views`.
+    """
+
+    def __init__(self, caches: Sequence[Cache]):
+        for i, cache in enumerate(caches):
+            if not len(cache.layers):
+                raise ValueError(
+                    f"caches[{i}] has no layers yet; build it with config=model.config, or use "
+                    "mixture.new_cache()"
+                )
+        super().__init__(layers=[layer for cache in caches for layer in cache.layers])
+        self.views = tuple(caches)
+
+    @classmethod
+    def of(cls, configs: Sequence[PreTrainedConfig], max_cache_len: int | None) -> MixtureCache:
+        """Empty caches for models with these configurations: dynamic, or static of that length."""
+        if max_cache_len is None:
+            return cls([DynamicCache(config=config) for config in configs])
+        return cls([StaticCache(config=config, max_cache_len=max_cache_len) for config in configs])
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """The most tokens that every layer can hold; -1: no limit. A layer with a sliding window
+        lets go of the oldest, so it sets none."""
+        if layer_idx is not None:
+            return super().get_max_length(layer_idx)
+        layers = zip(self.layers, self.is_sliding, strict=True)
+        lengths = [layer.get_max_length() for layer, slides in layers if not slides]
+        return min((length for length in lengths if length != -1), default=-1)

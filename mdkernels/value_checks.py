@@ -1,0 +1,42 @@
+"""Settings checked by value: ValueError with the name, what came, and what was expected."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Any
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        near = difflib.get_close_matches(str(value), choices, 1, 0.3)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
+    if (
+        not isinstance(value, int)
+        or isinstance(value, bool)
+        or value < least
+        or (most is not None and value > most)
+    ):
+        span = f">= {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name} must be an integer {span}, got {value!r}")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    least: float = -math.inf,
+    most: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not (least <= value <= most and above < value < below):
+        low = f"> {above}" if above > -math.inf else f">= {least}"
+        high = f" and < {below}" if below < math.inf else ""
+        high = f" and <= {most}" if most < math.inf else high
+        raise ValueError(f"{name} must be a number {low}{high}, got {value!r}")
