@@ -1,5 +1,5 @@
-"""What the operators on hidden @ weight.T share: argument checks, and the logits by chunks of rows in
-one reused buffer. Why chunks, and how many rows: linear_sparse_kl/README.md."""
+"""What the operators on hidden @ weight.T share: argument checks, and the logits by chunks of rows
+in one reused buffer. Why chunks, and how many rows: linear_sparse_kl/README.md."""
 
 from collections.abc import Iterator
 
@@ -119,7 +119,7 @@ class Layer:
         if self.rows == 0:
             return
         stride = _row_stride(self.vocab, self.weight.dtype)
-        buffer = native.empty_huge(self.weight, (self.chunk_rows, stride))[:, : self.vocab]
+        buffer = native.scratch(self.weight, (self.chunk_rows, stride))[:, : self.vocab]
         for start in range(0, self.rows, self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, self.rows))
             hidden, logits = self.hidden[rows], buffer[: rows.stop - start]
