@@ -80,7 +80,11 @@ def test_weight_gradient_error_is_flat_from_1_to_64_chunks():
     for count in (1, 2, 4, 8, 16, 32, 64):
         _, grads = head.grads(chunk_rows=rows // count)
         errors[count] = error(grads["weight"])
-    assert max(errors.values()) <= 1.1 * errors[1], errors
+    # A product of one of k chunks is rounded at 1/k of the sum, independently of the others: beside
+    # the rounding r of the result they add r / sqrt(k), at most sqrt(3/2) r together, and k = 1 has
+    # none of them.
+    assert max(errors.values()) <= 1.5**0.5 * errors[1], errors
+    assert errors[64] <= 1.1 * errors[1], errors
 
     narrow = torch.zeros_like(head.weight)
     for part in range(64):
@@ -185,9 +189,6 @@ def test_reference_takes_a_window_of_offsets(monkeypatch):
     t, z = head.targets, torch.randn(3, 203)
     expected = reference.forward(z, *_arrays(t.rows(4, 7)), head.labels[4:7], IGNORE)
     monkeypatch.setattr(reference, "find_fault", lambda *args: None)
-    monkeypatch.setattr(
-        z.__class__, "device", property(lambda self: torch.device("cpu")), raising=False
-    )
     window = t.row_offsets[4:8], t.token_ids, t.probs
     found = reference.forward(z, *window, head.labels[4:7], IGNORE)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -220,6 +221,7 @@ def test_one_buffer_of_logits_and_one_cast(dtype):
     """fp32 tensors, computed in `dtype`, as autocast would have it."""
     rows, vocab, width, chunk = 64, 1001, 8, 8
     head = make_head(rows, vocab, width=width)
+    head.targets = csr([([3, 1000], [0.5, 0.5])] * rows)
     args = *_arrays(head.targets), head.labels, IGNORE
     ones = torch.ones(rows)
     with torch.no_grad(), Sizes() as sizes:
