@@ -1,5 +1,5 @@
-"""What the operators on hidden @ weight.T share: argument checks, and the logits by chunks of rows in
-one reused buffer. Why chunks, and how many rows: linear_sparse_kl/README.md."""
+"""What the operators on hidden @ weight.T share: argument checks, and the logits by chunks of rows
+in one reused buffer. Why chunks, and how many rows: linear_sparse_kl/README.md."""
 
 from collections.abc import Iterator
 
@@ -10,11 +10,11 @@ from . import checks, native
 
 ROW_ALIGNMENT = 64  # bytes: a row of the buffer starts on a cache line, whatever the vocabulary
 CHUNK_MULTIPLE = 64  # rows: whole tiles of a matrix product
-# Bytes of logits at a time. On a CPU the rows decide first: past 512 of them the products gain
-# nothing, and the buffer should stay small beside the gradient of the weight.
+# Bytes of logits at a time. On a CPU the rows decide first: past CPU_ROWS of them the products gain
+# little, and the buffer should stay small beside the gradient of the weight.
 SCRATCH_BYTES = {"cpu": 256 << 20}
 GPU_SCRATCH_BYTES = 320_000_000
-CPU_ROWS = 512
+CPU_ROWS = 384
 
 
 def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:
@@ -119,7 +119,7 @@ class Layer:
         if self.rows == 0:
             return
         stride = _row_stride(self.vocab, self.weight.dtype)
-        buffer = native.empty_huge(self.weight, (self.chunk_rows, stride))[:, : self.vocab]
+        buffer = native.scratch(self.weight, (self.chunk_rows, stride))[:, : self.vocab]
         for start in range(0, self.rows, self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, self.rows))
             hidden, logits = self.hidden[rows], buffer[: rows.stop - start]

@@ -175,7 +175,7 @@ def linear_sparse_kl(
             then not rounded to 16 bits. It may be tied to an embedding.
         targets, labels, kl_weight, ignore_index, reduction: as for `sparse_kl`.
         bias: (V,) or None.
-        chunk_rows: rows of logits at a time; None chooses: at most 512 rows and 256 MiB on a CPU,
+        chunk_rows: rows of logits at a time; None chooses: at most 384 rows and 256 MiB on a CPU,
             at most 320 MB on a GPU.
         backend: of the kernel between the matrix products; see `mdkernels.backends`.
 

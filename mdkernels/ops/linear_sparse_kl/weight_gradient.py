@@ -5,10 +5,10 @@ from torch import Tensor
 
 from .. import native
 
-# Of the vocabulary. PRODUCT_ROWS: so much of a product in bf16 is added to the sum while it is in
-# cache. BLOCK_BYTES: of the sum; above the 32 MB from which glibc gives freed memory back at once.
-PRODUCT_ROWS = 4096
-BLOCK_BYTES = 36 << 20
+# Of the vocabulary. PRODUCT_ROWS: so much of a 16-bit product is added to the sum while it is in
+# cache. BLOCK_ROWS: of the sum, which is freed block by block.
+PRODUCT_ROWS = 2048
+BLOCK_ROWS = 6 * PRODUCT_ROWS
 
 
 class WeightGradient:
@@ -25,14 +25,14 @@ class WeightGradient:
         self.direct = not self.narrow or (chunks == 1 and dtype == weight.dtype)
         sum_dtype = dtype if self.direct else torch.float32
         vocab, width = weight.shape
-        step = vocab
-        if weight.device.type == "cpu" and sum_dtype != dtype:
-            # Several, so that `finish` can free them one by one.
-            step = -(-BLOCK_BYTES // (4 * width * PRODUCT_ROWS)) * PRODUCT_ROWS
-        self.blocks = [
-            native.empty_huge(weight, (min(step, vocab - start), width), sum_dtype)
-            for start in range(0, vocab, step)
-        ]
+        if sum_dtype == dtype:
+            self.blocks = [native.empty_huge(weight, weight.shape, dtype)]
+        else:
+            step = BLOCK_ROWS if weight.device.type == "cpu" else vocab
+            self.blocks = [
+                native.scratch(weight, (min(step, vocab - start), width), sum_dtype)
+                for start in range(0, vocab, step)
+            ]
         self.product = None
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
