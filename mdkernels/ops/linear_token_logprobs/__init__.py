@@ -68,7 +68,8 @@ def linear_token_logprobs(
     """log softmax(hidden @ weight.T + bias)[label] per row, without the (N, V) logits.
 
     Equivalent to ``token_logprobs(F.linear(hidden, weight, bias), labels)``. The logits exist for
-    `chunk_rows` rows at a time, in one buffer that is reused; a backward computes them again.
+    `chunk_rows` rows at a time, in one buffer that is reused; a backward computes them again, and
+    cannot itself be differentiated.
 
     Args:
         hidden: (N, D) fp32, bf16 or fp16 (fp64: reference backend), any strides.
@@ -79,7 +80,8 @@ def linear_token_logprobs(
         backend: see `mdkernels.backends`.
 
     Returns:
-        (N,) fp32 log-probabilities in nats (fp64 for fp64), differentiable.
+        (N,) fp32 log-probabilities in nats (fp64 for fp64), differentiable with respect to hidden,
+        weight and bias.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or label outside the above; a DTensor. On a
