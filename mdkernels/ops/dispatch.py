@@ -23,7 +23,15 @@ import torch
 
 from . import native
 
-OPS = ("sparse_kl", "token_logprobs", "logit_mix", "mix_argmax", "mix_sample", "knn_targets")
+OPS = (
+    "sparse_kl",
+    "token_logprobs",
+    "logit_mix",
+    "mix_argmax",
+    "mix_sample",
+    "mix_verify",
+    "knn_targets",
+)
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
 # Fastest first. cpu before reference: bench/results/*/sparse_kl.json and its siblings. triton
