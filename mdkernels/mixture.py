@@ -3,7 +3,8 @@
     p(y | x) = (1 - sum_i w_i) p_base(y | x) + sum_i w_i p_memory_i(y | x)
 
 Every model sees every token once and keeps its own keys and values; `mixture_cache` is the one
-cache over all of them, `mixture_checks` says what `generate` refuses.
+cache over all of them, `mixture_generation` adapts `generate`, `mixture_checks` says what is
+refused.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
-from transformers.masking_utils import create_masks_for_generate
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -26,6 +26,7 @@ from . import mixture_checks as checks
 from .mix_weight import check_weights
 from .mixture_cache import CACHE, MixtureCache
 from .mixture_config import MemoryMixtureConfig, check_temperature
+from .mixture_generation import MixtureGenerationMixin, mask_of
 from .models import load_model
 from .ops.logit_mix import logit_mix
 from .tokenizer_check import check_tokenizers
@@ -43,7 +44,7 @@ class MixtureOutput(CausalLMOutputWithPast):
     """(B, T', V) log-probabilities of each model, base first, memories at their temperature."""
 
 
-class MemoryMixture(PreTrainedModel, GenerationMixin):
+class MemoryMixture(PreTrainedModel, MixtureGenerationMixin):
     """The mixture of `base` and one or more memories; everything a causal LM does, generate first.
 
     Args:
@@ -76,7 +77,7 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
         memory_temperature: float = 1.0,
     ):
         if isinstance(base, MemoryMixtureConfig):
-            checks.check_config_alone(memory)
+            checks.check_config_alone(base, memory)
             config, models = base, None
         else:
             memories = list(memory) if isinstance(memory, (list, tuple)) else [memory]
@@ -132,7 +133,7 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
         chosen = {name: value for name, value in chosen.items() if value is not None}
         if memory is None:
             mixture = super().from_pretrained(base, dtype=dtype, **kwargs)
-            if dtype != "auto":  # each model was built in the dtype it was saved in
+            if dtype not in ("auto", None):  # each model was built in the dtype it was saved in
                 dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
                 mixture.to(dtype)
             for name, value in chosen.items():
@@ -187,6 +188,10 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: no one matrix turns hidden states into the mixture's logits."""
 
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any):
+        """Refused: resize base and memories each, before they are mixed."""
+        raise ValueError("a mixture has no embeddings of its own: resize base and memories instead")
+
     def new_cache(self, max_cache_len: int | None = None) -> MixtureCache:
         """An empty cache over all models: dynamic, or static with room for `max_cache_len`."""
         return MixtureCache.of([model.config for model in self.models], max_cache_len)
@@ -230,15 +235,15 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
         if use_cache and cache is None:
             cache = self.new_cache()
         views = cache.views if use_cache and cache is not None else [None] * len(self.models)
-        if position_ids is None and isinstance(attention_mask, Tensor) and attention_mask.dim() < 4:
+        padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
+        if position_ids is None and padded:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
             position_ids = positions[:, -input_ids.shape[1] :]
         logits = []
         for i, (model, view) in enumerate(zip(self.models, views, strict=True)):
-            mask = attention_mask[str(i)] if isinstance(attention_mask, dict) else attention_mask
             output = model(
                 input_ids=input_ids,
-                attention_mask=mask,
+                attention_mask=mask_of(i, attention_mask),
                 position_ids=position_ids,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
@@ -279,71 +284,6 @@ class MemoryMixture(PreTrainedModel, GenerationMixin):
             found.append(_widen(scaled.log_softmax(-1), logits[0].shape[-1]))
         return tuple(found)
 
-    def generate(self, inputs: Tensor | None = None, generation_config=None, *args, **kwargs):
-        """`GenerationMixin.generate`, after checks. Also takes `mix_weight`, as `forward` does:
-        per row of `inputs`, whatever the number of beams or returned sequences.
-
-        Raises ValueError, before any compute, for a prompt that is empty, all padding or longer
-        than a context, and for options that would be ignored.
-        """
-        kwargs = checks.check_generate(self, inputs, generation_config, kwargs)
-        return super().generate(inputs, generation_config, *args, **kwargs)
-
-    def generate_batch(self, *args: Any, **kwargs: Any):
-        """Refused: continuous batching pages one cache of one shape of heads."""
-        raise ValueError(checks.NO_CONTINUOUS_BATCHING)
-
-    def init_continuous_batching(self, *args: Any, **kwargs: Any):
-        """Refused, as `generate_batch`."""
-        raise ValueError(checks.NO_CONTINUOUS_BATCHING)
-
-    continuous_batching_context_manager = init_continuous_batching
-
-    def prepare_inputs_for_generation(
-        self, input_ids: Tensor, tokenizer=None, assistant_tokenizer=None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """As of any model; generate() hands tokenizers on to here, which forward has no use for."""
-        return super().prepare_inputs_for_generation(input_ids, **kwargs)
-
-    def create_masks_for_generate(
-        self, config, inputs_embeds: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> dict[str, Any]:
-        """4-D masks per model, made outside the compiled step: a 2-D mask grows with each token."""
-        views = kwargs.pop(CACHE).views
-        masks = {}
-        for i, (model, view) in enumerate(zip(self.models, views, strict=True)):
-            make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
-            options = {**kwargs, CACHE: view}
-            masks[str(i)] = make(
-                config=model.config,
-                inputs_embeds=inputs_embeds,
-                attention_mask=attention_mask,
-                **options,
-            )
-        return masks
-
-    def _validate_generated_length(self, generation_config, input_ids_length, *args) -> None:
-        generation_config._prompt_length = input_ids_length
-        super()._validate_generated_length(generation_config, input_ids_length, *args)
-
-    def _prepare_cache_for_generation(self, generation_config, model_kwargs, *args) -> None:
-        checks.check_prepared(self, generation_config, model_kwargs)
-        if model_kwargs.get(CACHE) is not None:
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
-            return
-        caches = []
-        for model in self.models:
-            own: dict[str, Any] = {}
-            model._prepare_cache_for_generation(generation_config, own, *args)
-            caches.append(own.get(CACHE))
-        if None not in caches:
-            model_kwargs[CACHE] = MixtureCache(caches)
-
-    def _get_candidate_generator(self, *args: Any, model_kwargs: dict[str, Any], **kwargs: Any):
-        # An assistant is a model of its own: it knows nothing of weights.
-        kept = {name: value for name, value in model_kwargs.items() if name != "mix_weight"}
-        return super()._get_candidate_generator(*args, model_kwargs=kept, **kwargs)
-
 
 def _widen(values: Tensor, width: int) -> Tensor:
     """-inf for the ids beyond, so that they are never chosen."""
@@ -351,4 +291,4 @@ def _widen(values: Tensor, width: int) -> Tensor:
     return F.pad(values, (0, missing), value=-torch.inf) if missing else values
 
 
-AutoModelForCausalLM.register(MemoryMixtureConfig, MemoryMixture)
+AutoModelForCausalLM.register(MemoryMixtureConfig, MemoryMixture, exist_ok=True)

@@ -46,8 +46,10 @@ class MixtureCache(Cache):
         return cls([StaticCache(config=config, max_cache_len=max_cache_len) for config in configs])
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """The most tokens that every layer can hold; -1: no limit."""
+        """The most tokens that every layer can hold; -1: no limit. A layer with a sliding window
+        lets go of the oldest, so it sets none."""
         if layer_idx is not None:
             return super().get_max_length(layer_idx)
-        lengths = [layer.get_max_length() for layer in self.layers]
+        layers = zip(self.layers, self.is_sliding, strict=True)
+        lengths = [layer.get_max_length() for layer, slides in layers if not slides]
         return min((length for length in lengths if length != -1), default=-1)

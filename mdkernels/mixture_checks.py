@@ -34,15 +34,21 @@ _REFUSED = {
     "output_component_logprobs": "call forward on the generated sequence",
     "assistant_early_exit": "a mixture has no layer to leave at",
     "use_mtp": "a mixture has no multi-token heads",
+    "speculation_type": "its drafts need the hidden states of one model",
     "dola_layers": "a mixture has no layers of its own to contrast",
     "penalty_alpha": "contrastive search needs the hidden states of one model",
 }
 
 
-def check_config_alone(memory: Any) -> None:
+def check_config_alone(config, memory: Any) -> None:
     if memory is not None:
         raise TypeError(
             "memory: a MemoryMixtureConfig already describes the memories; leave it out"
+        )
+    if config.base is None:
+        raise ValueError(
+            "base: this is not the configuration of a saved mixture; "
+            "MemoryMixture.from_pretrained(base, memory) mixes plain models"
         )
 
 
@@ -161,8 +167,10 @@ def check_generate(
         if asked[name] is not None and asked[name] is not False:
             raise ValueError(f"{name}: {reason}")
     _check_ignored(mixture, config, kwargs)
-    for name in (CACHE, "past_key_values"):
-        check_cache(kwargs.get(name), mixture.models)
+    caches = [kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}
+    if caches:
+        kwargs[CACHE] = check_cache(caches[0], mixture.models)
     prompt = kwargs.get("input_ids") if inputs is None else inputs
     if isinstance(prompt, Tensor):
         check_input_ids(mixture.models, prompt)
@@ -201,6 +209,9 @@ def _check_ignored(mixture, config: GenerationConfig | None, kwargs: dict[str, A
     for name in ("do_sample", "num_beams"):
         if getattr(explicit, name) is None:
             setattr(explicit, name, getattr(defaults, name))
+    for new, whole in (("max_new_tokens", "max_length"), ("min_new_tokens", "min_length")):
+        if getattr(explicit, new) is not None and getattr(explicit, whole) is not None:
+            raise ValueError(f"{whole}: would be ignored beside {new}; give one of them")
     try:
         explicit.validate(strict=True)
     except ValueError as error:
@@ -218,9 +229,15 @@ def check_prepared(mixture, config: GenerationConfig, model_kwargs: dict[str, An
     cache = model_kwargs.get(CACHE)
     read = config.max_length - 1  # the last new token is never read
     if cache is not None:
+        past, prompt = int(cache.get_seq_length()), config._prompt_length
         masked = mask.shape[1] if mask is not None else getattr(config, "_mask_length", 0)
-        if masked != config._prompt_length:  # only the new part of the prompt was passed
-            read += int(cache.get_seq_length())
+        if masked != prompt:  # only the new part of the prompt was passed
+            read += past
+        elif past >= prompt:
+            raise ValueError(
+                f"cache: holds {past} tokens, input_ids {prompt}; pass the whole sequence, or its "
+                "new part with an attention_mask over all of it"
+            )
         room = cache.get_max_length()
         if room not in (-1, None) and read > room:
             raise ValueError(f"cache: has room for {room} tokens, the request may read {read}")

@@ -38,6 +38,8 @@ class MemoryMixtureConfig(PreTrainedConfig):
         self.memories = [_as_config(memory) for memory in memories]
         self.mix_weight = list(check_weights(mix_weight, len(self.memories)))
         self.memory_temperature = check_temperature(memory_temperature)
+        for derived in ("vocab_size", "max_position_embeddings"):
+            kwargs.pop(derived, None)  # of a plain model's config.json; MemoryMixture refuses it
         super().__init__(**kwargs)
 
     @property
@@ -95,4 +97,4 @@ def _as_dict(config: PreTrainedConfig) -> dict[str, Any]:
     return output
 
 
-AutoConfig.register(MemoryMixtureConfig.model_type, MemoryMixtureConfig)
+AutoConfig.register(MemoryMixtureConfig.model_type, MemoryMixtureConfig, exist_ok=True)

@@ -7,10 +7,11 @@ import torch
 from mixture_fixtures import PAIRS, left_padded, mixture_of, oracle, prompts
 from pipeline_fixtures import FAMILIES, save_tiny_checkpoint, tiny_model
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from mdkernels import mixture as mixture_module
 from mdkernels.mixture import MemoryMixture
+from mdkernels.mixture_cache import CACHE, MixtureCache
 from mdkernels.mixture_config import MemoryMixtureConfig
 
 
@@ -168,7 +169,7 @@ def test_cache_operations_reach_every_model():
     mixture = mixture_of("llama", "gpt2")
     ids = torch.tensor([prompts(1)[0], prompts(1, seed=1)[0]])
     with torch.no_grad():
-        cache = mixture(ids).cache
+        cache = mixture(ids)[CACHE]
         assert len(cache) == 4
         assert [len(view) for view in cache.views] == [2, 2]
         assert cache.layers[2] is cache.views[1].layers[0]
@@ -208,13 +209,17 @@ def test_static_and_foreign_caches():
         mixture(ids[:, :2], cache=cache)
         found = mixture(ids[:, 2:], past_key_values=cache).logits
         torch.testing.assert_close(found, mixture(ids).logits[:, 2:], atol=1e-5, rtol=0)
-        assert mixture(ids, use_cache=False).cache is None
+        assert CACHE not in mixture(ids, use_cache=False)
+    lengths = zip(mixture.models, (9, 5), strict=True)
+    uneven = [StaticCache(config=model.config, max_cache_len=n) for model, n in lengths]
+    assert MixtureCache(uneven).get_max_length() == 5
+    assert [MixtureCache(uneven).get_max_length(i) for i in range(4)] == [9, 9, 5, 5]
     with pytest.raises(TypeError, match=r"mixture.new_cache\(\) makes one"):
         mixture(ids, cache=DynamicCache(config=mixture.base.config))
     with pytest.raises(TypeError, match="over 2 models"):
         mixture(ids, cache=MemoryMixture(mixture.base, []).new_cache())
     with pytest.raises(ValueError, match="has no layers yet"):
-        mixture_module.MixtureCache([DynamicCache()])
+        MixtureCache([DynamicCache()])
 
 
 def test_forward_refuses_what_does_not_fit():
@@ -230,6 +235,8 @@ def test_forward_refuses_what_does_not_fit():
         mixture(ids[:, :4], labels=ids[:, :4], logits_to_keep=1)
     with pytest.raises(ValueError, match=r"expected \(batch, length\)"):
         mixture(ids[0])
+    with pytest.raises(ValueError, match="resize base and memories"):
+        mixture.resize_token_embeddings(400)
 
 
 # ---- construction, saving, loading
@@ -289,6 +296,18 @@ def test_models_of_two_dtypes_keep_them(tmp_path):
     assert {one.dtype for one in wide.parameters()} == {torch.float32}
 
 
+def test_generation_defaults_are_those_of_the_base(tmp_path):
+    base = tiny_model("llama")
+    base.generation_config.update(eos_token_id=[17, 18], do_sample=True, top_k=3)
+    mixture = MemoryMixture(base, tiny_model("gpt2", seed=1), 0.5)
+    mixture.save_pretrained(tmp_path)
+    for one in (mixture, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        found = one.generation_config
+        assert (found.eos_token_id, found.do_sample, found.top_k) == ([17, 18], True, 3)
+    mixture.generation_config.top_k = 5
+    assert base.generation_config.top_k == 3
+
+
 def test_from_pretrained_of_parts(tmp_path):
     base = save_tiny_checkpoint(tmp_path / "base", "llama")
     memories = [save_tiny_checkpoint(tmp_path / name, name, seed=1) for name in FAMILIES[::2]]
@@ -298,6 +317,8 @@ def test_from_pretrained_of_parts(tmp_path):
     assert live.base is mixture.base
     assert [model.dtype for model in live.models] == [torch.float32, torch.bfloat16]
     assert live.mix_weight == (0.5,)
+    with pytest.raises(ValueError, match="not the configuration of a saved mixture"):
+        MemoryMixture.from_pretrained(base)
     other = save_tiny_checkpoint(tmp_path / "other", "gpt2", vocab_size=330)
     with pytest.raises(ValueError, match="tokenizers differ"):
         MemoryMixture.from_pretrained(base, [memories[0], other], mix_weight=[0.2, 0.3])

@@ -15,12 +15,12 @@ from mixture_fixtures import (
     oracle,
     prompts,
 )
-from pipeline_fixtures import tiny_tokenizer
+from pipeline_fixtures import tiny_model, tiny_tokenizer
 from transformers import (
-    CompileConfig,
-    GenerationConfig,
     LogitsProcessorList,
     MinNewTokensLengthLogitsProcessor,
+    MistralConfig,
+    MistralForCausalLM,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
@@ -30,7 +30,8 @@ from transformers import (
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
 
-from mdkernels.mixture_cache import MixtureCache
+from mdkernels.mixture import MemoryMixture
+from mdkernels.mixture_cache import CACHE, MixtureCache
 
 NEW = 10
 
@@ -86,6 +87,73 @@ def test_assisted(mixture):
             )
             weights = [options["mix_weight"]] if options else None
             assert found[0].tolist() == row + greedy(mixture, row, NEW, weights=weights)
+
+
+def test_two_memories():
+    mixture = mixture_of("llama", "gpt2", "qwen2", weight=(0.25, 0.4))
+    rows = prompts()
+    ids, mask = left_padded(rows)
+    weights = torch.tensor([[0.5, 0.1], [0.0, 1.0], [0.2, 0.2]])
+    for mode in ("plain", "static", "chunked prefill"):
+        options = {**PLAIN, **GREEDY_MODES[mode], "attention_mask": mask, "max_new_tokens": NEW}
+        found = mixture.generate(ids, **options)
+        assert found[:, -NEW:].tolist() == [greedy(mixture, row, NEW) for row in rows]
+        found = mixture.generate(ids, mix_weight=weights, **options)
+        assert found[:, -NEW:].tolist() == [
+            greedy(mixture, row, NEW, weights=own)
+            for row, own in zip(rows, weights.double().tolist(), strict=True)
+        ]
+
+
+def test_a_sliding_window_beside_full_attention():
+    """Layers of different kinds in one cache; the prompt alone is longer than the window."""
+    config = MistralConfig(sliding_window=4, **tiny_model("llama").config.to_dict())
+    base = MistralForCausalLM(config).eval()
+    base.load_state_dict(tiny_model("llama").state_dict())
+    mixture = MemoryMixture(base, tiny_model("gpt2", seed=1), 0.5)
+    assert mixture.new_cache().is_sliding == [True, True, False, False]
+    rows = prompts()
+    ids, mask = left_padded(rows)
+    want = [greedy(mixture, row, NEW) for row in rows]
+    modes = [GREEDY_MODES[mode] for mode in ("plain", "static", "chunked prefill")]
+    for options in (*modes, {"cache": mixture.new_cache()}, {"cache": mixture.new_cache(40)}):
+        found = mixture.generate(
+            ids, attention_mask=mask, max_new_tokens=NEW, **{**PLAIN, **options}
+        )
+        assert found[:, -NEW:].tolist() == want
+    for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": mixture.memories[0]}):
+        found = mixture.generate(torch.tensor([rows[2]]), max_new_tokens=NEW, **PLAIN, **options)
+        assert found[0, -NEW:].tolist() == want[2]
+    found = mixture.generate(torch.tensor([rows[2]]), max_new_tokens=6, num_beams=3, **PLAIN)
+    assert found[0].tolist() == beam_search(mixture, rows[2], 6, 3)[0][0]
+
+
+def test_classifier_free_guidance(mixed):
+    row, negative = prompts()[1], [5, 6, 7]
+    found = mixed.generate(
+        torch.tensor([row]),
+        guidance_scale=1.5,
+        negative_prompt_ids=torch.tensor([negative]),
+        max_new_tokens=6,
+        **PLAIN,
+    )
+    with_row, without = list(row), list(negative)
+    for _ in range(6):
+        logprobs = [oracle(mixed, ids)[0][-1] for ids in (with_row, without)]
+        token = int((1.5 * logprobs[0] - 0.5 * logprobs[1]).argmax())
+        with_row, without = [*with_row, token], [*without, token]
+    assert found[0].tolist() == with_row
+
+
+def test_a_mask_is_inferred_from_the_padding_token(mixed):
+    rows = prompts()
+    ids, mask = left_padded(rows)
+    ids = ids.masked_fill(mask == 0, 0)
+    options = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
+    found = mixed.generate(ids, eos_token_id=None, **options)
+    assert found[:, -NEW:].tolist() == [greedy(mixed, row, NEW) for row in rows]
+    with pytest.raises(ValueError, match="no row may be all padding"):
+        mixed.generate(torch.zeros(2, 3, dtype=torch.int64), eos_token_id=None, **options)
 
 
 @pytest.mark.parametrize("mode", ["plain", "static", "no cache"])
@@ -278,7 +346,7 @@ def test_continue_from_a_cache(mixture, static):
         return_dict_in_generate=True,
         **PLAIN,
     )
-    assert first.cache is cache
+    assert first[CACHE] is cache
     assert isinstance(cache, MixtureCache)
     grown = torch.cat([mask, mask.new_ones(3, 4)], 1)
     # The whole sequence again, or only what the cache has not seen: the last token.
@@ -305,10 +373,10 @@ def test_custom_generate_receives_cache_weights_and_processors(mixed):
         **model_kwargs,
     ):
         assert own == "mine"
-        assert isinstance(model_kwargs["cache"], MixtureCache)
+        assert isinstance(model_kwargs[CACHE], MixtureCache)
         assert model_kwargs["mix_weight"].shape == (2, 1)
         while not stopping_criteria(input_ids, None).all():
-            length = None if not model_kwargs["cache"].get_seq_length() else 1
+            length = None if not model_kwargs[CACHE].get_seq_length() else 1
             inputs = model.prepare_inputs_for_generation(
                 input_ids, next_sequence_length=length, **model_kwargs
             )
@@ -329,129 +397,3 @@ def test_custom_generate_receives_cache_weights_and_processors(mixed):
     )
     for i, row in enumerate(rows):
         assert found[i, -NEW:].tolist() == greedy(mixed, row, NEW, weights=[float(weights[i])])
-
-
-_graphs = []
-
-
-def _record(graph, _inputs):  # a function: generation copies its configuration, backend and all
-    _graphs.append(graph)
-    return graph.forward
-
-
-def test_static_cache_compiles_to_one_graph():
-    mixture = mixture_of("gpt2", "qwen2")
-    torch._dynamo.reset()
-    _graphs.clear()
-    config = CompileConfig(fullgraph=True, backend=_record, mode=None)
-    config._compile_all_devices = True
-    rows = prompts()
-    ids, mask = left_padded(rows)
-    options = {"attention_mask": mask, "max_new_tokens": NEW, "cache_implementation": "static"}
-    for weights in ([0.2, 0.5, 0.9], [0.9, 0.1, 0.4]):
-        found = mixture.generate(
-            ids, compile_config=config, mix_weight=torch.tensor(weights), **options, **PLAIN
-        )
-        want = [
-            greedy(mixture, row, NEW, weights=[w]) for row, w in zip(rows, weights, strict=True)
-        ]
-        assert found[:, -NEW:].tolist() == want
-    assert len(_graphs) == 1
-    targets = [str(node.target) for node in _graphs[0].graph.nodes]
-    assert sum(target.startswith("mdk.logit_mix") for target in targets) == 1
-    torch._dynamo.reset()
-
-
-# ---- what is refused
-
-
-def refused(mixture, monkeypatch, message, *args, error=ValueError, **options):
-    for model in mixture.models:
-        monkeypatch.setattr(type(model), "forward", lambda *a, **k: pytest.fail("computed"))
-    with pytest.raises(error, match=message):
-        mixture.generate(*args, **options)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"inputs": torch.empty(1, 0, dtype=torch.int64)}, "prompt is empty"),
-        ({"inputs": torch.zeros(3, dtype=torch.int64)}, r"expected \(batch, length\)"),
-        ({"inputs": torch.full((1, 3), 320)}, r"knows \[0, 320\)"),
-        ({"attention_mask": torch.tensor([[1, 1, 0]])}, "pad on the left"),
-        ({"attention_mask": torch.zeros(1, 3, dtype=torch.int64)}, "no row may be all padding"),
-        ({"max_new_tokens": 63}, r"need 65 positions, model .* has a context of 64"),
-        ({"max_new_tokens": None, "max_length": 66}, "need 65 positions"),
-        ({"cache_implementation": "paged"}, "no continuous batching"),
-        ({"temperature": 0.7}, "`do_sample` is not set to `True`. However, `temperature`"),
-        ({"top_p": 0.5}, "However, `top_p`"),
-        ({"length_penalty": 2.0}, "`num_beams` is set to"),
-        ({"output_scores": True}, "return_dict_in_generate"),
-        ({"inputs_embeds": torch.zeros(1, 3, 32)}, "inputs_embeds: .* pass input_ids"),
-        ({"output_hidden_states": True}, "output_hidden_states: ask one of mixture.models"),
-        ({"output_logprobs": True}, "output_logprobs: pass output_logits=True"),
-        ({"assistant_early_exit": 1}, "no layer to leave at"),
-        ({"temperatur": 1.0}, "not used by the model: .'temperatur'"),
-        ({"mix_weight": 1.5}, r"mix_weight must be in \[0, 1\]"),
-        ({"mix_weight": torch.tensor([float("nan")])}, r"mix_weight must be in \[0, 1\]"),
-        ({"mix_weight": torch.zeros(2)}, r"expected shape \(1,\) or \(1, 1\)"),
-        ({"mix_weight": 0.5, "guidance_scale": 1.5}, "would not see it"),
-        (
-            {"generation_config": GenerationConfig(temperature=0.3, max_new_tokens=4)},
-            "However, `temperature`",
-        ),
-    ],
-)
-def test_bad_requests_are_refused_before_any_compute(mixed, monkeypatch, changes, message):
-    options = {"inputs": torch.ones(1, 3, dtype=torch.int64), "max_new_tokens": 4, **PLAIN}
-    refused(mixed, monkeypatch, message, **{**options, **changes})
-
-
-def test_refused_caches_and_weights_of_several(monkeypatch, mixed):
-    ids = torch.ones(1, 3, dtype=torch.int64)
-    options = {"max_new_tokens": 8, **PLAIN}
-    small = mixed.new_cache(max_cache_len=9)
-    refused(mixed, monkeypatch, "room for 9 tokens, .* may read 10", ids, cache=small, **options)
-    alone = mixed.base.generate
-    with pytest.raises(pytest.fail.Exception):
-        alone(ids, **options)  # the trap works
-    two = mixture_of("llama", "gpt2", "qwen2", weight=(0.25, 0.4))
-    over = torch.tensor([[0.7, 0.4]])
-    refused(two, monkeypatch, "sums to more than 1", ids, mix_weight=over, **options)
-    refused(two, monkeypatch, "sum to 1.1", ids, mix_weight=[0.7, 0.4], **options)
-    for method in (mixed.generate_batch, mixed.init_continuous_batching):
-        with pytest.raises(ValueError, match=r"each their own\. Pass a left-padded batch"):
-            method([[1, 2]])
-    with pytest.raises(ValueError, match="no continuous batching"):
-        mixed.continuous_batching_context_manager()
-
-
-def test_defaults_of_the_checkpoint_are_not_options_of_the_caller(mixed):
-    """A base that samples by default can still be asked for greedy decoding."""
-    row = prompts(1)[0]
-    before = mixed.generation_config
-    try:
-        mixed.generation_config = GenerationConfig(do_sample=True, temperature=0.6, top_p=0.9)
-        ids = torch.tensor([row])
-        found = mixed.generate(ids, max_new_tokens=4, **PLAIN)
-        assert found[0].tolist() == row + greedy(mixed, row, 4)
-        changed = copy.deepcopy(mixed.generation_config)
-        changed.do_sample, changed.max_new_tokens, changed.pad_token_id = False, 4, 0
-        assert torch.equal(mixed.generate(ids, changed), found)
-        torch.manual_seed(0)
-        mixed.generate(ids, max_new_tokens=4, top_k=3, pad_token_id=0)  # applies: it samples
-    finally:
-        mixed.generation_config = before
-
-
-def test_the_default_length_stops_at_the_shortest_context():
-    from pipeline_fixtures import tiny_model
-
-    from mdkernels.mixture import MemoryMixture
-
-    mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2", context=12), 0.5)
-    ids = torch.ones(1, 3, dtype=torch.int64)
-    assert mixture.generate(ids, **PLAIN).shape[1] <= 13
-    with pytest.raises(ValueError, match="has a context of 12"):
-        mixture.generate(ids, max_new_tokens=11, **PLAIN)
-    assert mixture.generate(ids, max_new_tokens=10, **PLAIN).shape == (1, 13)
