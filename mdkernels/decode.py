@@ -68,10 +68,10 @@ def decode(
         sampling=None if sampling is None else Sampling(stream_seeds(seed, input_ids), **sampling),
         eos=() if eos_token_id is None else (eos_token_id,),
         pad=(eos_token_id if pad_token_id is None else pad_token_id) or 0,
-        draft_tokens=check_draft(mixture, draft_tokens),
+        draft_tokens=draft_tokens,
         emit=on_token,
     )
-    return run(request).sequences
+    return run(check_draft(request)).sequences
 
 
 def stream_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:
@@ -86,17 +86,28 @@ def stream_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:
     return seed.to(input_ids.device)
 
 
-def check_draft(mixture: MemoryMixture, draft_tokens) -> int | Literal["auto"]:
-    known = draft_tokens == "auto" or type(draft_tokens) is int and draft_tokens >= 0
-    if not known:
+def check_draft(request: Request) -> Request:
+    """`request`, if its drafts can be made."""
+    drafts, cache = request.draft_tokens, request.cache
+    if drafts != "auto" and (type(drafts) is not int or drafts < 0):
         raise ValueError(
-            f'draft_tokens must be "auto" or an integer >= 0 (0: no drafts), got {draft_tokens!r}'
+            f'draft_tokens must be "auto" or an integer >= 0 (0: no drafts), got {drafts!r}'
         )
-    if draft_tokens and not mixture.memories:
+    if not drafts:
+        return request
+    if not request.mixture.memories:
+        raise ValueError(f"draft_tokens: got {drafts!r}, but without a memory nothing could draft")
+    if any(cache.is_sliding):
         raise ValueError(
-            f"draft_tokens: got {draft_tokens!r} for a base without memory; nothing could draft"
+            f"draft_tokens: got {drafts!r} with a model that attends in a sliding window, whose "
+            "cache cannot go back; pass 0"
         )
-    return draft_tokens
+    if len(request.input_ids) > 1 and cache.is_compileable:
+        raise ValueError(
+            f"draft_tokens: got {drafts!r} with a static cache and {len(request.input_ids)} rows, "
+            "which would need room for what each rejects; use the dynamic cache"
+        )
+    return request
 
 
 def _check(

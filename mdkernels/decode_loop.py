@@ -98,7 +98,7 @@ def start(request: Request, margin: int = 0) -> tuple[Rows, Slots, Picker]:
             for model, view in zip(request.mixture.models, request.cache.views, strict=True)
         ]
     rows = Rows(request, positions)
-    picker = Picker(request.mixture, request.mix_weight, request.sampling)
+    picker = Picker(request, min(one.shape[1] for one in logits))
     rows.append(picker.pick(logits, rows.offsets))
     return rows, slots, picker
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -88,54 +88,53 @@ def forward(
 class Picker:
     """Turns the logits of all models, base first, into tokens.
 
-    The mixture is over the ids that all models have: what only the wider one has are padding rows,
-    and no input for the others.
+    Args:
+        width: of the common vocabulary. Ids that only some models have are padding rows, and no
+            input for the others.
     """
 
-    def __init__(self, mixture: MemoryMixture, mix_weight: Tensor | None, sampling):
-        self.temperature = mixture.memory_temperature
-        self.sampling: Sampling | None = sampling
-        if not mixture.memories:
+    def __init__(self, request: Request, width: int):
+        self.width = width
+        self.memory_temperature = request.mixture.memory_temperature
+        self.sampling = request.sampling
+        if not request.mixture.memories:
             self.weights: Tensor | list[float] = [0.0]
-        elif mix_weight is None:
-            self.weights = list(mixture.mix_weight)
+        elif request.mix_weight is None:
+            self.weights = list(request.mixture.mix_weight)
         else:
-            self.weights = mix_weight
+            self.weights = request.mix_weight
 
     def pick(self, logits: list[Tensor], offsets: Tensor) -> Tensor:
         """(B,) tokens from (B, V) logits per model."""
-        base, memories = _common(logits)
-        mix = {"memory_temperature": self.temperature}
+        base, memories = self._common(logits)
+        mix = {"memory_temperature": self.memory_temperature}
         if self.sampling is None:
             return mix_argmax(base, memories, self.weights, **mix)
         draw = {"seeds": self.sampling.seeds, "offsets": offsets, **self.sampling.filters}
         return mix_sample(base, memories, self.weights, **draw, **mix)
 
     def draft(self, logits: Tensor, offsets: Tensor) -> Tensor:
-        """(B,) tokens from one memory alone, as `verify` supposes them to be drawn."""
+        """(B,) tokens from one memory alone, drawn as `verify` supposes."""
+        logits = logits[:, : self.width]
         if self.sampling is None:
-            return logits.argmax(1)
-        temperature = self.temperature * self.sampling.temperature
+            return mix_argmax(logits, logits, 0.0)
+        temperature = self.memory_temperature * self.sampling.temperature
         draw = {"seeds": self.sampling.seeds, "offsets": offsets, "temperature": temperature}
         return mix_sample(logits, logits, 0.0, **draw)
 
-    def verify(
-        self, logits: list[Tensor], draft_ids: Tensor, offsets: Tensor, draft_memory: int
-    ) -> MixVerifyOutput:
-        """From (B, G + 1, V) logits per model; `offsets` are those of the first drafted tokens."""
-        base, memories = _common(logits)
-        options = {"memory_temperature": self.temperature, "draft_memory": draft_memory}
+    def verify(self, logits: list[Tensor], draft_ids: Tensor, **options: Any) -> MixVerifyOutput:
+        """From (B, G + 1, V) logits per model; `options` as of `mix_verify`."""
+        base, memories = self._common(logits)
+        options["memory_temperature"] = self.memory_temperature
         if self.sampling is None:
-            options |= {"temperature": 0.0, "seeds": torch.zeros_like(offsets)}
+            options |= {"temperature": 0.0, "seeds": 0}
         else:
             options |= {"seeds": self.sampling.seeds, **self.sampling.filters}
-        return mix_verify(base, memories, self.weights, draft_ids, offsets=offsets, **options)
+        return mix_verify(base, memories, self.weights, draft_ids, **options)
 
-
-def _common(logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    width = min(one.shape[-1] for one in logits)
-    base, *memories = [one[..., :width] for one in logits]
-    return base, memories or [base]
+    def _common(self, logits: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        base, *memories = [one[..., : self.width] for one in logits]
+        return base, memories or [base]
 
 
 class Slots:

@@ -104,11 +104,16 @@ def fast_decode(
         eos=eos,
         pad=0 if pad is None else int(pad),
         prefill_chunk_size=generation_config.prefill_chunk_size,
-        draft_tokens=check_draft(model, draft_tokens),
+        draft_tokens=draft_tokens,
         emit=None if streamer is None else lambda tokens: streamer.put(tokens.cpu()),
         keeps_cache=keeps,
     )
-    decoded = run(request)
+    if draft_tokens and len(input_ids) > 1 and getattr(cache, "_is_user_defined", False):
+        raise ValueError(
+            "cache: drafts would leave it with rows of different lengths; pass draft_tokens=0 to "
+            "continue a batch"
+        )
+    decoded = run(check_draft(request))
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:

@@ -10,6 +10,8 @@ row's kept tokens lie behind it, masked out; positions are counted per row. One 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,24 +25,25 @@ def speculate(request: Request) -> Decoded:
     models = request.mixture.models
     drafting = 1 + draft_memory(request)
     others = [model for i, model in enumerate(models) if i != drafting]
-    length = DraftLength(request.draft_tokens, models[drafting], others)
+    length = DraftLength(request.draft_tokens, models[drafting], others, len(request.input_ids))
     stats = DecodeStats()
     draft_and_verify, slots, rows = _prepare(request, drafting)
     text = _Text(request, rows.next_ids.tolist())
     while not text.ended:
-        drafted = length.next(text.left - 1)
-        accepted, tokens = draft_and_verify(drafted)
+        left = text.left()
+        drafted = length.next(max(left) - 1)
+        accepted, tokens = draft_and_verify(drafted, [min(drafted, max(n - 1, 0)) for n in left])
         counts, active = accepted.tolist(), text.active()
         kept = max(counts[row] for row in active)
         request.cache.crop(kept - drafted)
         slots.keep(drafted + 1, [1 + count for count in counts], 1 + kept)
         text.append(tokens.tolist(), counts)
 
-        tested = sum(min(counts[row] + 1, drafted) for row in active)
+        tested = sum(min(counts[row] + 1, drafted, left[row] - 1) for row in active)
         agreed = sum(counts[row] for row in active)
         length.learn(tested, agreed)
         stats.base_passes += 1
-        stats.drafted += drafted * len(active)
+        stats.drafted += sum(min(drafted, left[row] - 1) for row in active)
         stats.verified += len(active)
         stats.tested += tested
         stats.accepted += agreed
@@ -67,7 +70,9 @@ def _prepare(request: Request, drafting: int):
     # A row that has ended reads on, at places that every model has.
     last = int(rows.positions.max()) + request.max_new_tokens - 2
 
-    def draft_and_verify(drafted: int) -> tuple[Tensor, Tensor]:
+    def draft_and_verify(drafted: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """(num_accepted, tokens) of `mix_verify`, with no more than lengths[row] accepted."""
+        options: dict[str, Any] = {"draft_memory": drafting - 1}
         steps = torch.arange(drafted + 1, device=rows.positions.device)
         positions = (rows.positions + steps).clamp(max=last)
         fed, logits = [rows.next_ids], []
@@ -84,7 +89,9 @@ def _prepare(request: Request, drafting: int):
             else forward(model, inputs, slots.mask, positions, view, drafted + 1)
             for i, (model, view) in enumerate(zip(models, views, strict=True))
         ]
-        accepted, tokens = picker.verify(every, inputs[:, 1:], rows.offsets, drafting - 1)
+        if min(lengths) < drafted:  # a row then draws what it would draw alone
+            options["draft_lengths"] = torch.tensor(lengths, device=inputs.device)
+        accepted, tokens = picker.verify(every, inputs[:, 1:], offsets=rows.offsets, **options)
         rows.next_ids.copy_(tokens.gather(1, accepted[:, None]).clamp(min=0))
         rows.positions += 1 + accepted[:, None]
         rows.offsets += 1 + accepted
@@ -122,10 +129,12 @@ class _Text:
     def ended(self) -> bool:
         return all(self.done)
 
-    @property
-    def left(self) -> int:
-        """Tokens that the row furthest behind may still get."""
-        return self.request.max_new_tokens - min(len(self.rows[row]) for row in self.active())
+    def left(self) -> list[int]:
+        """Tokens that each row may still get; 0 for one that has ended."""
+        most = self.request.max_new_tokens
+        return [
+            0 if done else most - len(new) for new, done in zip(self.rows, self.done, strict=True)
+        ]
 
     def _emit(self) -> None:
         if self.request.emit is None:
