@@ -12,6 +12,7 @@ from torch import Tensor
 from .decode_loop import run
 from .decode_rows import Request, Sampling
 from .mixture import MemoryMixture
+from .mixture_cache import MixtureCache
 from .mixture_checks import check_input_ids
 from .mixture_config import context_length
 from .models import model_id
@@ -71,7 +72,17 @@ def decode(
         draft_tokens=draft_tokens,
         emit=on_token,
     )
-    return run(check_draft(request)).sequences
+    request.cache = decoding_cache(check_draft(request))
+    return run(request).sequences
+
+
+def decoding_cache(request: Request) -> MixtureCache:
+    """`request.cache`, or on a GPU a static one for graphs, unless rows that reject drafts share it
+    or a window slides."""
+    uneven = bool(request.draft_tokens) and len(request.input_ids) > 1
+    if request.input_ids.device.type != "cuda" or uneven or any(request.cache.is_sliding):
+        return request.cache
+    return request.mixture.new_cache(request.input_ids.shape[1] + request.max_new_tokens - 1)
 
 
 def stream_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:

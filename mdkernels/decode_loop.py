@@ -48,6 +48,7 @@ class Decoded:
     stats: DecodeStats
 
 
+@torch.no_grad()
 def run(request: Request) -> Decoded:
     """Decode. Everything was checked."""
     if request.draft_tokens:
@@ -59,10 +60,11 @@ def run(request: Request) -> Decoded:
 
 def _plain(request: Request) -> Decoded:
     rows, slots, picker = start(request)
-    step = _step(request, rows, slots, picker)
+    together, as_graph = machinery(request)
+    step = as_graph(_step(request, rows, slots, picker, together))
     watch = _watch(request, rows)
     stats = DecodeStats()
-    first = rows.tokens.shape[1] - request.max_new_tokens
+    first = request.input_ids.shape[1]
     for done in range(1, request.max_new_tokens):
         if watch(rows.tokens[:, first + done - 1]):
             break
@@ -70,9 +72,10 @@ def _plain(request: Request) -> Decoded:
         stats.base_passes += 1
     else:
         watch(rows.tokens[:, -1])
+    watch.close()
     sequences, lengths = finish(request, rows.tokens)
     read_too_far = stats.base_passes - (sequences.shape[1] - first - 1)
-    if read_too_far:
+    if read_too_far and request.keeps_cache:
         request.cache.crop(-read_too_far)
     stats.new_tokens = int(lengths.sum())
     stats.verified = stats.base_passes * len(lengths)
@@ -103,35 +106,61 @@ def start(request: Request, margin: int = 0) -> tuple[Rows, Slots, Picker]:
     return rows, slots, picker
 
 
-def _step(request: Request, rows: Rows, slots: Slots, picker: Picker) -> Callable[[], None]:
+def machinery(request: Request):
+    """(together, as_graph): what runs functions side by side and returns their results, and what
+    makes a function without arguments fast to call again."""
+    if request.input_ids.device.type != "cuda":
+        return lambda calls: [call() for call in calls], lambda function: function
+    from .cuda_graph import Captured, Streams
+
+    together = Streams(len(request.mixture.models), request.input_ids.device)
+    fixed = request.cache.is_compileable and not any(request.cache.is_sliding)
+    return together, Captured if fixed and request.cuda_graph else lambda function: function
+
+
+def _step(request, rows: Rows, slots: Slots, picker: Picker, together) -> Callable[[], None]:
     """A function that reads `rows.next_ids` with every model and appends the next tokens."""
     parts = list(zip(request.mixture.models, request.cache.views, strict=True))
 
-    def step(together=lambda calls: [call() for call in calls]) -> None:
+    def step() -> None:
         mask = slots.extend(1)
 
-        def one(model, view):
+        def read(model, view):
             return lambda: forward(model, rows.next_ids, mask, rows.positions, view)[:, -1]
 
-        rows.append(picker.pick(together([one(*part) for part in parts]), rows.offsets))
+        rows.append(picker.pick(together([read(*part) for part in parts]), rows.offsets))
 
     return step
 
 
-def _watch(request: Request, rows: Rows) -> Callable[[Tensor], bool]:
-    """A function that shows the newest tokens to whoever streams, and says if all rows ended."""
+class Watch:
+    """Shows the newest tokens to whoever streams, and tells if all rows have ended."""
 
-    def watch(newest: Tensor) -> bool:
-        if request.emit is not None:
-            request.emit(newest)
-        return rows.eos is not None and bool(rows.ended.all())
+    def __init__(self, ended: Tensor, eos: Tensor | None, emit):
+        self.ended, self.emit = ended, emit
+        self.can_end = eos is not None
 
-    return watch
+    def __call__(self, newest: Tensor) -> bool:
+        """`newest`: (B,). Whether to stop."""
+        if self.emit is not None:
+            self.emit(newest)
+        return self.can_end and bool(self.ended.all())
+
+    def close(self) -> None:
+        """Nothing is left to show."""
+
+
+def _watch(request: Request, rows: Rows):
+    if rows.ended.device.type != "cuda":
+        return Watch(rows.ended, rows.eos, request.emit)
+    from .cuda_graph import LateWatch
+
+    return LateWatch(rows.ended, rows.eos, request.emit)
 
 
 def finish(request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
     """(sequences, (B,) new tokens of each row): cut where the last row ended."""
-    first = tokens.shape[1] - request.max_new_tokens
+    first = request.input_ids.shape[1]
     new = tokens[:, first:]
     if bool((new < 0).any()):
         raise ValueError(

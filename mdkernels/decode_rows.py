@@ -61,6 +61,8 @@ class Request:
     draft_tokens: int | Literal["auto"] = 0
     emit: Callable[[Tensor], None] | None = None
     """Called with each (B,) of new tokens, in order."""
+    cuda_graph: bool = True
+    """On a GPU with a static cache: replay a step as one graph."""
     keeps_cache: bool = True
     """Whether anyone looks at the cache afterwards."""
 

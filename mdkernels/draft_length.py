@@ -48,6 +48,10 @@ class DraftLength:
         share, weight = _PRIOR
         return (self.accepted + share * weight) / (self.tested + weight)
 
+    def next_most(self, most: int) -> int:
+        """What `next` can return at most."""
+        return min(MOST if self.fixed is None else self.fixed, most)
+
     def next(self, most: int) -> int:
         """At most `most`: what is left to decode."""
         if self.fixed is not None:

@@ -12,7 +12,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria_module
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .decode import check_draft, stream_seeds
+from .decode import check_draft, decoding_cache, stream_seeds
 from .decode_loop import DecodeStats, run
 from .decode_rows import Request, Sampling
 from .mixture import MemoryMixture
@@ -53,6 +53,7 @@ def fast_decode(
     assistant_model=None,
     seed: int | Tensor | None = None,
     draft_tokens: int | Literal["auto"] = 0,
+    cuda_graph: bool = True,
     **model_kwargs: Any,
 ) -> FastDecodeOutput | Tensor:
     """A decoding method for `generate()` of a mixture, greedy or sampling with temperature, top-k,
@@ -69,6 +70,9 @@ def fast_decode(
         draft_tokens: how many tokens the memory of the largest weight drafts for one pass of the
             base, "auto" to follow what is accepted, 0 for none. Lossless: the distribution is that
             of the mixture whatever is drafted, and greedy tokens stay the same (see `mix_verify`).
+        cuda_graph: on a GPU, with the static cache that is the default there, a step of all models
+            is one graph, with base and memories on streams of their own. The host waits for none.
+            Drafts for several rows, sliding windows and a dynamic `cache` decode without graphs.
 
     Returns as `generate()`: (B, T + n) int64, or with return_dict_in_generate a FastDecodeOutput.
 
@@ -90,7 +94,7 @@ def fast_decode(
     fresh = input_ids.shape[1]
     if (generation_config._mask_length if mask is None else mask.shape[1]) == fresh:
         fresh -= int(cache.get_seq_length())
-    keeps = generation_config.return_dict_in_generate or getattr(cache, "_is_user_defined", False)
+    own = getattr(cache, "_is_user_defined", False)
     pad = generation_config._pad_token_tensor
     request = Request(
         mixture=model,
@@ -106,14 +110,18 @@ def fast_decode(
         prefill_chunk_size=generation_config.prefill_chunk_size,
         draft_tokens=draft_tokens,
         emit=None if streamer is None else lambda tokens: streamer.put(tokens.cpu()),
-        keeps_cache=keeps,
+        keeps_cache=own or bool(generation_config.return_dict_in_generate),
+        cuda_graph=cuda_graph,
     )
-    if draft_tokens and len(input_ids) > 1 and getattr(cache, "_is_user_defined", False):
+    if draft_tokens and len(input_ids) > 1 and own:
         raise ValueError(
             "cache: drafts would leave it with rows of different lengths; pass draft_tokens=0 to "
             "continue a batch"
         )
-    decoded = run(check_draft(request))
+    check_draft(request)
+    if not own and generation_config.cache_implementation is None:
+        request.cache = decoding_cache(request)
+    decoded = run(request)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:

@@ -10,12 +10,13 @@ row's kept tokens lie behind it, masked out; positions are counted per row. One 
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from .decode_loop import Decoded, DecodeStats, finish, start
+from .decode_loop import Decoded, DecodeStats, finish, machinery, start
 from .decode_rows import Request, forward
 from .draft_length import DraftLength
 
@@ -27,32 +28,35 @@ def speculate(request: Request) -> Decoded:
     others = [model for i, model in enumerate(models) if i != drafting]
     length = DraftLength(request.draft_tokens, models[drafting], others, len(request.input_ids))
     stats = DecodeStats()
-    draft_and_verify, slots, rows = _prepare(request, drafting)
-    text = _Text(request, rows.next_ids.tolist())
+    state = _Pass(request, drafting, length.next_most(request.max_new_tokens - 1))
+    text = _Text(request, state.rows.next_ids.tolist())
     while not text.ended:
-        left = text.left()
+        left, active = text.left(), text.active()
         drafted = length.next(max(left) - 1)
-        accepted, tokens = draft_and_verify(drafted, [min(drafted, max(n - 1, 0)) for n in left])
-        counts, active = accepted.tolist(), text.active()
+        lengths = [min(drafted, max(n - 1, 0)) for n in left]
+        tokens, counts = state.run(drafted, lengths)
         kept = max(counts[row] for row in active)
-        request.cache.crop(kept - drafted)
-        slots.keep(drafted + 1, [1 + count for count in counts], 1 + kept)
-        text.append(tokens.tolist(), counts)
+        if kept < drafted:
+            request.cache.crop(kept - drafted)
+        state.slots.keep(drafted + 1, [1 + count for count in counts], 1 + kept)
+        text.append(tokens, counts)
 
-        tested = sum(min(counts[row] + 1, drafted, left[row] - 1) for row in active)
+        tested = sum(min(counts[row] + 1, lengths[row]) for row in active)
         agreed = sum(counts[row] for row in active)
         length.learn(tested, agreed)
         stats.base_passes += 1
-        stats.drafted += sum(min(drafted, left[row] - 1) for row in active)
+        stats.drafted += sum(lengths[row] for row in active)
         stats.verified += len(active)
         stats.tested += tested
         stats.accepted += agreed
-    text.write(rows.tokens)
-    sequences, lengths = finish(request, rows.tokens)
+    text.write(state.rows.tokens)
+    sequences, lengths = finish(request, state.rows.tokens)
     stats.new_tokens = int(lengths.sum())
     if len(sequences) > 1:
         return Decoded(sequences, None, stats)
-    request.cache.crop(min(0, stats.new_tokens - 1 - stats.verified - stats.accepted))
+    read_too_far = stats.verified + stats.accepted - (stats.new_tokens - 1)
+    if read_too_far and request.keeps_cache:
+        request.cache.crop(-read_too_far)
     return Decoded(sequences, request.cache, stats)
 
 
@@ -63,41 +67,91 @@ def draft_memory(request: Request) -> int:
     return max(range(len(shares)), key=lambda i: shares[i])
 
 
-def _prepare(request: Request, drafting: int):
-    """Reads the prompt. Returns (draft_and_verify, slots, rows); the first runs one pass."""
-    rows, slots, picker = start(request)
-    views, models = request.cache.views, request.mixture.models
-    # A row that has ended reads on, at places that every model has.
-    last = int(rows.positions.max()) + request.max_new_tokens - 2
+class _Pass:
+    """One draft and its verification, in tensors that are updated in place: each part can be a
+    graph, one to draft a token and one per number of drafted tokens to verify."""
 
-    def draft_and_verify(drafted: int, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """(num_accepted, tokens) of `mix_verify`, with no more than lengths[row] accepted."""
-        options: dict[str, Any] = {"draft_memory": drafting - 1}
-        steps = torch.arange(drafted + 1, device=rows.positions.device)
-        positions = (rows.positions + steps).clamp(max=last)
-        fed, logits = [rows.next_ids], []
-        for i in range(drafted + 1):
-            at = positions[:, i : i + 1]
-            mask = slots.extend(1)
-            logits.append(forward(models[drafting], fed[i], mask, at, views[drafting])[:, 0])
-            if i < drafted:
-                fed.append(picker.draft(logits[i], rows.offsets + i)[:, None])
-        inputs = torch.cat(fed, 1)
-        every = [
-            torch.stack(logits, 1)
-            if i == drafting
-            else forward(model, inputs, slots.mask, positions, view, drafted + 1)
-            for i, (model, view) in enumerate(zip(models, views, strict=True))
-        ]
+    def __init__(self, request: Request, drafting: int, most: int):
+        self.request, self.drafting = request, drafting
+        self.rows, self.slots, self.picker = start(request)
+        self.together, self.as_graph = machinery(request)
+        batch, device = len(request.input_ids), request.input_ids.device
+        self.model = request.mixture.models[drafting]
+        self.view = request.cache.views[drafting]
+        # A row that has ended reads on, at places that every model has.
+        self.last = int(self.rows.positions.max()) + request.max_new_tokens - 2
+        self.steps = torch.arange(most + 1, device=device)
+        self.place = torch.zeros(1, dtype=torch.int64, device=device)
+        self.positions, self.offsets = self.rows.positions.clone(), self.rows.offsets.clone()
+        self.ids = self.rows.next_ids.clone()
+        self.read_ids = self.ids.repeat(1, most + 1)
+        """What was drawn last, then the draft."""
+        shape = (batch, most + 1, self.picker.width)
+        dtype = self.model.get_output_embeddings().weight.dtype
+        self.logits = torch.empty(shape, dtype=dtype, device=device)
+        self.tokens = torch.zeros((batch, most + 1), dtype=torch.int64, device=device)
+        self.accepted = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.draft = self.as_graph(self._draft)
+        self.verify: dict[int, Callable[[], None]] = {}
+
+    def run(self, drafted: int, lengths: list[int]) -> tuple[list[list[int]], list[int]]:
+        """(tokens, num_accepted) of `mix_verify`, with no more than lengths[row] accepted."""
+        for _ in range(drafted):
+            self.draft()
         if min(lengths) < drafted:  # a row then draws what it would draw alone
-            options["draft_lengths"] = torch.tensor(lengths, device=inputs.device)
-        accepted, tokens = picker.verify(every, inputs[:, 1:], offsets=rows.offsets, **options)
+            self._verify(drafted, torch.tensor(lengths, device=self.ids.device))
+        else:
+            if drafted not in self.verify:
+                self.verify[drafted] = self.as_graph(functools.partial(self._verify, drafted))
+            self.verify[drafted]()
+        return self.tokens[:, : drafted + 1].tolist(), self.accepted.tolist()
+
+    def _draft(self) -> None:
+        """Read one token with the memory, draw the next."""
+        at = self.positions.clamp(max=self.last)
+        logits = forward(self.model, self.ids, self.slots.extend(1), at, self.view)[:, 0]
+        self.logits.index_copy_(1, self.place, logits[:, None, : self.picker.width])
+        self.ids.copy_(self.picker.draft(logits, self.offsets)[:, None].clamp(min=0))
+        for counter in (self.place, self.positions, self.offsets):
+            counter += 1
+        self.read_ids.index_copy_(1, self.place, self.ids)
+
+    def _verify(self, drafted: int, lengths: Tensor | None = None) -> None:
+        """Read the draft with the other models, its last token with the memory, and decide."""
+        rows, ids = self.rows, self.read_ids[:, : drafted + 1]
+        at = (rows.positions + self.steps[: drafted + 1]).clamp(max=self.last)
+        mask = self.slots.extend(1)
+
+        def read(i, model, view):
+            places = slice(drafted, None) if i == self.drafting else slice(None)
+            keep = 1 if i == self.drafting else drafted + 1
+            return lambda: forward(model, ids[:, places], mask, at[:, places], view, keep)
+
+        parts = zip(self.request.mixture.models, self.request.cache.views, strict=True)
+        every = self.together([read(i, *part) for i, part in enumerate(parts)])
+        self.logits[:, drafted] = every[self.drafting][:, 0, : self.picker.width]
+        every[self.drafting] = self.logits[:, : drafted + 1]
+        accepted, tokens = self.picker.verify(
+            every,
+            ids[:, 1:],
+            offsets=rows.offsets,
+            draft_memory=self.drafting - 1,
+            draft_lengths=lengths,
+        )
+        self.accepted.copy_(accepted)
+        self.tokens[:, : drafted + 1] = tokens
         rows.next_ids.copy_(tokens.gather(1, accepted[:, None]).clamp(min=0))
         rows.positions += 1 + accepted[:, None]
         rows.offsets += 1 + accepted
-        return accepted, tokens
+        self._rewind()
 
-    return draft_and_verify, slots, rows
+    def _rewind(self) -> None:
+        """The next draft begins behind what was drawn last."""
+        self.ids.copy_(self.rows.next_ids)
+        self.read_ids[:, :1] = self.rows.next_ids
+        self.positions.copy_(self.rows.positions)
+        self.offsets.copy_(self.rows.offsets)
+        self.place.zero_()
 
 
 class _Text:

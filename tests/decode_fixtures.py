@@ -69,7 +69,6 @@ def fixed_distributions(base_logits, memory_logits, weight) -> MemoryMixture:
     return MemoryMixture(models[0], models[1], weight)
 
 
-@torch.no_grad()
 def decoded(mixture, ids, mask=None, *, new, draft=0, seeds=None, emit=None, eos=(), **filters):
     """`run` without generate() around it: what the decoding loop returns, statistics included."""
     sampling = None if seeds is None else Sampling(seeds, **filters)
