@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .decode_loop import run
 from .decode_rows import Request, Sampling
+from .growing_cache import growing_cache
 from .mixture import MemoryMixture
 from .mixture_cache import MixtureCache
 from .mixture_checks import check_input_ids
@@ -77,12 +78,12 @@ def decode(
 
 
 def decoding_cache(request: Request) -> MixtureCache:
-    """`request.cache`, or on a GPU a static one for graphs, unless rows that reject drafts share it
-    or a window slides."""
+    """The fastest empty cache: on a GPU a static one, for graphs, unless rows that reject drafts
+    share it or a window slides; else one that grows in place."""
     uneven = bool(request.draft_tokens) and len(request.input_ids) > 1
-    if request.input_ids.device.type != "cuda" or uneven or any(request.cache.is_sliding):
-        return request.cache
-    return request.mixture.new_cache(request.input_ids.shape[1] + request.max_new_tokens - 1)
+    if request.input_ids.device.type == "cuda" and not uneven and not any(request.cache.is_sliding):
+        return request.mixture.new_cache(request.input_ids.shape[1] + request.max_new_tokens - 1)
+    return MixtureCache([growing_cache(model.config) for model in request.mixture.models])
 
 
 def stream_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:

@@ -92,7 +92,8 @@ def fast_decode(
         raise ValueError(f"{name}: would be ignored by greedy decoding; pass do_sample=True")
     cache, mask = model_kwargs[CACHE], model_kwargs.get("attention_mask")
     fresh = input_ids.shape[1]
-    if (generation_config._mask_length if mask is None else mask.shape[1]) == fresh:
+    read = getattr(generation_config, "_mask_length", fresh) if mask is None else mask.shape[1]
+    if read == fresh:
         fresh -= int(cache.get_seq_length())
     own = getattr(cache, "_is_user_defined", False)
     pad = generation_config._pad_token_tensor
