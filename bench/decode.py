@@ -215,20 +215,21 @@ def report(
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> list[dict]:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--new", type=int, default=64, help="tokens per request")
+    parser.add_argument("--new", type=int, help="tokens per request (64; 256 on a GPU; smoke: 8)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--smoke", action="store_true", help="tiny models, two rounds")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     check()
     dtype = getattr(torch, args.dtype)
     pairs = TINY if args.smoke else {"cpu": CPU, "cuda": CUDA}[args.device]
     rounds = 2 if args.smoke else args.rounds
+    new = args.new or (8 if args.smoke else {"cpu": 64, "cuda": 256}[args.device])
     documents = []
     for pair, sizes in pairs.items():
         base, memory = (size.build(i, dtype, args.device) for i, size in enumerate(sizes))
@@ -237,12 +238,13 @@ def main() -> None:
         tv = total_variation(base, memory, ids)
         weight = min(1.0, max(0.0, 1 - (1 - ACCEPTANCE) / tv))
         mixture = MemoryMixture(base, memory, weight)
-        calls = contenders(base, memory, mixture, ids, args.new)
+        calls = contenders(base, memory, mixture, ids, new)
         seconds, stats = measure(calls, rounds, args.device)
-        documents.append(report(pair, dtype, seconds, stats, args.new, tv, weight))
+        documents.append(report(pair, dtype, seconds, stats, new, tv, weight))
         print(json.dumps(documents[-1], indent=1), flush=True)
     if args.out:
         args.out.write_text(json.dumps(documents, indent=1) + "\n")
+    return documents
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ EVERY = 8  # steps between two looks at whether all rows have ended
 class Streams:
     """Runs functions side by side, the first on the current stream, each other one on its own.
 
-    Fork and join are events, so a capture follows them. What a side stream allocated may be freed
-    after the join: that memory is used again on the same stream only, behind the next fork.
+    Fork and join are events, so a capture follows them. Memory: what a side stream allocates is
+    used again on that stream only, behind the next fork, so it may be freed once joined. What the
+    main stream allocated must not be freed before the join, or the main stream could write over
+    what a side stream still reads: static caches only, as a dynamic one drops its old keys.
     """
 
     def __init__(self, count: int, device: torch.device):

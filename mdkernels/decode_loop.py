@@ -109,13 +109,13 @@ def start(request: Request, margin: int = 0) -> tuple[Rows, Slots, Picker]:
 def machinery(request: Request):
     """(together, as_graph): what runs functions side by side and returns their results, and what
     makes a function without arguments fast to call again."""
-    if request.input_ids.device.type != "cuda":
+    fixed = request.cache.is_compileable and not any(request.cache.is_sliding)
+    if request.input_ids.device.type != "cuda" or not fixed:
         return lambda calls: [call() for call in calls], lambda function: function
     from .cuda_graph import Captured, Streams
 
     together = Streams(len(request.mixture.models), request.input_ids.device)
-    fixed = request.cache.is_compileable and not any(request.cache.is_sliding)
-    return together, Captured if fixed and request.cuda_graph else lambda function: function
+    return together, Captured if request.cuda_graph else lambda function: function
 
 
 def _step(request, rows: Rows, slots: Slots, picker: Picker, together) -> Callable[[], None]:

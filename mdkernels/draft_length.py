@@ -17,9 +17,10 @@ _DECAY, _IDLE_DECAY = 0.95, 0.99
 def pass_cost(tokens: int, device: str, dtype: torch.dtype) -> float:
     """Time of a pass over so many tokens of all rows, in times of a pass over one.
 
-    A GPU, and a CPU in bf16, is bound by reading the weights. In fp32, torch's CPU GEMM (MKL)
-    rearranges the weights once more than one token is multiplied. The CPU figures were measured
-    with GPT-2 medium on two Zen 4 cores: 1.2 and 3.0 for 5 tokens, 1.5 and 3.7 for 17.
+    A GPU, and a CPU with bf16 instructions in bf16, is bound by reading the weights. In fp32,
+    torch's CPU GEMM (MKL) rearranges the weights once more than one token is multiplied. The CPU
+    figures were measured with GPT-2 medium on two Zen 4 cores: 5 tokens cost 1.2 (bf16) and 3.0
+    (fp32), 17 cost 1.5 and 3.7.
     """
     if device != "cpu":
         return 1.0 + (tokens - 1) / 256

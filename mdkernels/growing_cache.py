@@ -11,8 +11,8 @@ class GrowingLayer(DynamicLayer):
     """A `DynamicLayer` that keeps room behind its keys and values and writes new ones there.
 
     `keys` and `values` are views of what is filled; those from before a crop may be written over.
-    transformers replaces them freely (reorder,
-    select, crop): the room is given up whenever they are no longer its beginning.
+    transformers replaces them freely (reorder, select, crop): the room is given up whenever they
+    are no longer its beginning.
     """
 
     ROOM = 64  # tokens at least; doubled when full

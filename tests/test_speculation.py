@@ -172,15 +172,21 @@ def test_tokens_per_base_pass_follow_the_formula(draft):
     assert 0.7 < a < 0.9
     rows, new = 64, 141
     seeds = torch.arange(rows) + 1000
-    stats = decoded(
-        mixture, torch.zeros(rows, 1, dtype=torch.int64), new=new, draft=draft, seeds=seeds
-    ).stats
+    prompt = torch.zeros(rows, 1, dtype=torch.int64)
+    found = decoded(mixture, prompt, new=new, draft=draft, seeds=seeds)
+    stats = found.stats
     assert abs(stats.acceptance - a) < 5 * (a * (1 - a) / stats.tested) ** 0.5
     wanted = (1 - a ** (draft + 1)) / (1 - a)
     # A pass emits 1 to draft + 1 tokens; the last pass of a row may be cut short.
     assert abs(stats.tokens_per_pass - wanted) < 5 * draft / 2 / stats.verified**0.5 + 2 / new
     assert stats.new_tokens == rows * new
     assert stats.verified + stats.accepted + rows == rows * new
+    # Each token is drawn anew: neighbours are independent, in five groups of ids.
+    share = torch.stack([(0.4 * p + 0.6 * q)[i::5].sum() for i in range(5)]).numpy()
+    pairs = found.sequences[:, 1:new].numpy().reshape(-1, 2) % 5
+    counts = np.zeros((5, 5))
+    np.add.at(counts, tuple(pairs.T), 1)
+    assert g_test(counts.ravel(), np.outer(share, share).ravel()) > 1e-3
 
 
 def test_a_memory_of_weight_one_is_never_rejected():
