@@ -22,7 +22,6 @@ from .ops.mix_sample.philox import row_seeds
 TokenHook = Callable[[Tensor], None]
 
 
-@torch.inference_mode()
 def decode(
     mixture: MemoryMixture,
     input_ids: Tensor,
@@ -72,6 +71,7 @@ def decode(
         pad=(eos_token_id if pad_token_id is None else pad_token_id) or 0,
         draft_tokens=draft_tokens,
         emit=on_token,
+        keeps_cache=False,
     )
     request.cache = decoding_cache(check_draft(request))
     return run(request).sequences

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,11 +52,27 @@ class Decoded:
 @torch.no_grad()
 def run(request: Request) -> Decoded:
     """Decode. Everything was checked."""
-    if request.draft_tokens:
-        from .speculate import speculate
+    # inference_mode(False) would turn gradients on.
+    mode = contextlib.nullcontext() if request.updates_cache else torch.inference_mode()
+    with mode:
+        if request.draft_tokens:
+            from .speculate import speculate
 
-        return speculate(request)
-    return _plain(request)
+            decoded = speculate(request)
+        else:
+            decoded = _plain(request)
+    decoded.sequences = decoded.sequences.clone()
+    if decoded.cache is not None and request.keeps_cache:
+        _leave_inference_mode(decoded.cache)
+    return decoded
+
+
+def _leave_inference_mode(cache: MixtureCache) -> None:
+    """Tensors made in inference mode could not be updated outside of it."""
+    for layer in cache.layers:
+        for name, value in list(vars(layer).items()):
+            if isinstance(value, Tensor) and value.is_inference():
+                setattr(layer, name, value.clone())
 
 
 def _plain(request: Request) -> Decoded:
@@ -171,4 +188,4 @@ def finish(request: Request, tokens: Tensor) -> tuple[Tensor, Tensor]:
     if request.eos:
         ends = torch.isin(new, torch.tensor(request.eos, device=new.device))
         lengths = torch.where(ends.any(1), ends.long().argmax(1) + 1, lengths)
-    return tokens[:, : first + int(lengths.max())].clone(), lengths
+    return tokens[:, : first + int(lengths.max())], lengths

@@ -65,6 +65,8 @@ class Request:
     """On a GPU with a static cache: replay a step as one graph."""
     keeps_cache: bool = True
     """Whether anyone looks at the cache afterwards."""
+    updates_cache: bool = False
+    """Whether the cache came from the caller, so that its tensors are not made here."""
 
 
 def forward(

@@ -112,6 +112,7 @@ def fast_decode(
         draft_tokens=draft_tokens,
         emit=None if streamer is None else lambda tokens: streamer.put(tokens.cpu()),
         keeps_cache=own or bool(generation_config.return_dict_in_generate),
+        updates_cache=own,
         cuda_graph=cuda_graph,
     )
     if draft_tokens and len(input_ids) > 1 and own:

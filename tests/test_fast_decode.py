@@ -105,6 +105,8 @@ def test_a_cache_is_continued():
     room = mixture.new_cache(40)
     found = mixture.generate(torch.tensor([row]), cache=room, **{**PLAIN, **FAST})
     assert found[0].tolist() == row + want[:NEW]
+    assert not room.layers[0].keys.requires_grad
+    assert not room.layers[0].keys.is_inference()
 
 
 @pytest.mark.parametrize("draft", [0, 3])
@@ -203,6 +205,21 @@ def test_seeds():
     batch = mixture.generate(ids, seed=seeds, **options)
     alone = mixture.generate(ids[:1], seed=seeds[2:3], **options)
     assert torch.equal(batch[2:3], alone)
+
+
+@pytest.mark.parametrize("options", [{}, {"cache_implementation": "static"}, {"draft_tokens": 2}])
+def test_what_is_returned_can_be_used_outside_inference_mode(options):
+    mixture = double_mixture("llama", "gpt2")
+    found = mixture.generate(
+        torch.tensor(prompts()[:1]), return_dict_in_generate=True, **PLAIN, **FAST, **options
+    )
+    found.sequences += 0
+    with torch.enable_grad():
+        mixture.base(found.sequences).logits.sum().backward()
+    mixture.base.zero_grad(set_to_none=True)
+    found[CACHE].crop(-2)
+    mixture(found.sequences[:, -2:], cache=found[CACHE])
+    assert found[CACHE].get_seq_length() == found.sequences.shape[1] - 1
 
 
 def test_only_the_last_position_reaches_the_head():
