@@ -83,7 +83,7 @@ def check(base, memories, weights, backend, lengths=None, draft=0, seed=0, **opt
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
 @pytest.mark.interpreted(backend="triton", filters=[{}, {"temperature": 0.6}])
 def test_emits_the_tokens_of_the_specification(backend, filters):
-    batch = fewer(backend, 150, 8)
+    batch = fewer(backend, 150, 5)
     base, memory = case(batch, 4, 157, seed=3)
     lengths = lengths_of(batch, 4)
     assert check(base, memory, 0.4, backend, lengths, memory_temperature=1.2, **filters) > 0.95
@@ -101,7 +101,7 @@ def test_widths_and_dtypes(backend, dtype, width):
 @pytest.mark.interpreted(backend="triton")
 def test_models_of_other_widths_weights_and_layouts(backend):
     """What only the base has is in the residual; what only the memory has can be drafted."""
-    batch = fewer(backend, 60, 4)
+    batch = fewer(backend, 60, 2)
     for widths in ((300, 270), (270, 300)):
         base, memory = case(batch, 2, widths[0], torch.bfloat16, memory_width=widths[1])
         check(base, memory, torch.linspace(0, 1, batch), backend, draft_temperature=1.4)

@@ -8,16 +8,19 @@ from ..logit_mix.arguments import raise_row_fault
 
 def with_draft(
     memory_logits, row_weights, weights, memory_temperature, draft_memory, draft_temperature
-) -> tuple[list[Tensor], Tensor | None, list[float], int]:
-    """(memories, row weights, weights, draft): the draft's number among the models. It is the
-    memory itself if that is mixed at the draft's temperature, else a further one of weight 0."""
+) -> tuple[list[Tensor], Tensor | None, list[float], list[float], int]:
+    """(memories, row weights, weights, their temperatures, draft): the draft's number among the
+    models. It is the memory itself if that is mixed at the draft's temperature, else a further
+    one of weight 0."""
+    temperatures = [memory_temperature] * len(memory_logits)
     if draft_temperature == memory_temperature:
-        return memory_logits, row_weights, weights, 1 + draft_memory
+        return memory_logits, row_weights, weights, temperatures, 1 + draft_memory
     memories = [*memory_logits, memory_logits[draft_memory]]
+    temperatures.append(draft_temperature)
     if row_weights is None:
-        return memories, None, [*weights, 0.0], len(memories)
+        return memories, None, [*weights, 0.0], temperatures, len(memories)
     none = row_weights.new_zeros(row_weights.shape[0], 1)
-    return memories, torch.cat([row_weights, none], 1), weights, len(memories)
+    return memories, torch.cat([row_weights, none], 1), weights, temperatures, len(memories)
 
 
 def find_draft_fault(draft_ids: Tensor, draft_lengths: Tensor, width: int):

@@ -34,7 +34,7 @@ def forward(
     )
     num_accepted = torch.empty_like(draft_lengths)
     tokens = draft_ids.new_empty((len(draft_lengths), places))
-    memories, row_weights, weights, draft = with_draft(
+    memories, row_weights, weights, _, draft = with_draft(
         memory_logits, row_weights, weights, memory_temperature, draft_memory, draft_temperature
     )
     fault = native.load("_cpu").module.mix_verify(
