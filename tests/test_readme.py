@@ -79,7 +79,8 @@ def test_mixture(tmp_path, monkeypatch):
     names["model"].generate = lambda **options: drawn.append(generate(**options))
     run(DRAFTS, names)
     run(DRAFTS, names)
-    assert drawn[0].shape[1] > ids.shape[1] and torch.equal(*drawn)
+    assert drawn[0].shape[1] > ids.shape[1]
+    assert torch.equal(*drawn)
 
 
 def test_losses_of_padded_lists(names, capsys):
