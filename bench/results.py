@@ -8,6 +8,7 @@ FORMAT = 1
 OPS = (
     "sparse_kl",
     "token_logprobs",
+    "linear_sparse_kl",
     "logit_mix",
     "mix_argmax",
     "mix_sample",
