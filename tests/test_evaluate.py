@@ -12,7 +12,7 @@ from pipeline_fixtures import FAMILIES, tiny_documents, tiny_model, tiny_tokeniz
 from mdkernels.corpus import build_corpus
 from mdkernels.evaluate import MixtureEval, evaluate, gold_logprobs, knn_logprobs
 from mdkernels.mix_weight import mixture_logprobs
-from mdkernels.scoring import _ChunkedHead
+from mdkernels.scoring import check_scorable
 
 
 def corpus_of(path, count, seed):
@@ -83,19 +83,6 @@ def test_compiled_and_autocast_trunks(text):
     torch.testing.assert_close(compiled, plain, rtol=0, atol=1e-5)
     low = gold_logprobs(model, corpus, block=32, autocast=torch.bfloat16)
     assert 0 < (low - plain).abs().mean() < 0.02
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_chunked_head_does_not_depend_on_the_chunk(bias):
-    torch.manual_seed(0)
-    head = torch.nn.Linear(24, 503, bias=bias)
-    hidden, labels = torch.randn(100, 24) * 4, torch.randint(0, 503, (100,))
-    with torch.inference_mode():
-        expected = head(hidden).double().log_softmax(1).gather(1, labels[:, None])[:, 0]
-        for chunk in (1, 7, 100, 1000):
-            chunked = _ChunkedHead(head, None)
-            chunked.chunk = chunk
-            assert (chunked.logprobs(hidden, labels) - expected).abs().max() < 5e-6
 
 
 def test_scoring_leaves_the_model_as_it_was(text):
@@ -272,7 +259,9 @@ def test_models_that_cannot_score_the_corpus_are_refused(text):
         gold_logprobs(tiny_model("llama", vocab_size=256), corpus, block=32)
 
 
-def test_a_head_with_a_tail_is_noticed(text):
+@pytest.fixture(scope="module")
+def capped():
+    """A model whose logits are capped behind the head, hard enough to matter."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -286,7 +275,41 @@ def test_a_head_with_a_tail_is_noticed(text):
         final_logit_softcapping=2.0,
         max_position_embeddings=64,
     )
-    model = Gemma2ForCausalLM(config)
+    model = Gemma2ForCausalLM(config).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=2.0)
+    return model
+
+
+@pytest.mark.parametrize(("block", "stride"), [(32, 16), (24, 24), (32, 5)])
+def test_logits_changed_behind_the_head_are_scored_as_they_are(
+    text, capped, block, stride, monkeypatch
+):
+    corpus, _ = text
+    expected = naive_logprobs(capped, corpus, block, stride)
+    found = gold_logprobs(capped, corpus, block=block, stride=stride, batch_size=3)
+    assert (found - expected).abs().max() < 3e-6
+    forwards = []
+    monkeypatch.setattr("mdkernels.scoring._LOGITS_BYTES", 2 * block * 320 * 4)
+    with capped.lm_head.register_forward_hook(lambda *a: forwards.append(a[-1].shape)):
+        gold_logprobs(capped, corpus, block=block, stride=stride, batch_size=3)
+    kept = {tuple(shape[:2]) for shape in forwards[2:]}  # two are of the probe
+    assert kept <= {(size, rows) for size in (1, 2) for rows in range(1, block + 1)}
+
+
+def test_a_loss_through_the_head_refuses_such_a_model(text, capped):
     with pytest.raises(ValueError, match=r"gemma2.*changes its logits after the LM head"):
-        gold_logprobs(model, text[0], block=32)
+        check_scorable(capped, text[0], 32)
+
+
+def test_scoring_never_searches_for_packed_texts(text, monkeypatch):
+    """What it found would be read by the host: one wait for the device per forward."""
+    from transformers import masking_utils
+
+    calls = []
+    search = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda p: calls.append(p) or search(p)
+    )
+    gold_logprobs(tiny_model("llama"), text[0], block=32)
+    assert calls
+    assert all(positions.shape[1] == 8 for positions in calls)  # the probe's only
