@@ -94,7 +94,7 @@ def log_softmax_gather(logits: Tensor, labels: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).gather(1, labels[:, None]).squeeze(1)
 
 
-# --- logit_mix, mix_argmax, mix_sample ------------------------------------------------------------
+# --- logit_mix, mix_argmax, mix_sample, mix_verify ------------------------------------------------
 
 
 def mix(base: Tensor, memory: Tensor, mix_weight: float, temperature: float) -> Tensor:
@@ -135,6 +135,24 @@ def mix_sample(base, memory, mix_weight, memory_temperature, temperature, top_k,
     logprobs = mix(base, memory, mix_weight, memory_temperature) / temperature
     probs = filter_logprobs(logprobs, top_k, top_p, min_p).softmax(dim=-1)
     return torch.multinomial(probs, 1).squeeze(1)
+
+
+def mix_verify(
+    base, memory, mix_weight, ids, memory_temperature, temperature, top_k, top_p, min_p
+) -> tuple[Tensor, Tensor]:
+    """(accepted, next tokens) as Hugging Face's assisted generation does it: both distributions of
+    all places, one ratio per drafted token, a draw from the residual or from the last place."""
+    _, places, vocab = base.shape
+    scores = mix(base, memory, mix_weight, memory_temperature) / temperature
+    v = filter_logprobs(scores.flatten(0, 1), top_k, top_p, min_p).softmax(-1).view(base.shape)
+    q = F.softmax(memory.float() / (memory_temperature * temperature), dim=-1)
+    gold = ids[..., None]
+    ratio = (v[:, :-1].gather(2, gold) / q[:, :-1].gather(2, gold))[..., 0]
+    accepted = (torch.rand_like(ratio) < ratio).long().cumprod(1).sum(1)
+    at = accepted[:, None, None].expand(-1, 1, vocab)
+    v, q = (x.gather(1, at)[:, 0] for x in (v, q))
+    rest = torch.where((accepted < places - 1)[:, None], (v - q).clamp(min=0.0), v)
+    return accepted, torch.multinomial(rest, 1)[:, 0]
 
 
 def mix_sample_race(base, memory, mix_weight, memory_temperature, temperature, top_k, top_p, min_p):

@@ -5,7 +5,16 @@ import os
 from pathlib import Path
 
 FORMAT = 1
-OPS = ("sparse_kl", "token_logprobs", "logit_mix", "mix_argmax", "mix_sample", "knn_targets")
+OPS = (
+    "sparse_kl",
+    "token_logprobs",
+    "linear_sparse_kl",
+    "logit_mix",
+    "mix_argmax",
+    "mix_sample",
+    "mix_verify",
+    "knn_targets",
+)
 QUANTILES = {"median": float, "p20": float, "p80": float}
 # A name that ends in "?" may be missing. `run` is a key of `environments`.
 GPU = {"kind?": str, "run?": str}

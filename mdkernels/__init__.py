@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .ops.logit_mix import logit_mix
     from .ops.mix_argmax import mix_argmax
     from .ops.mix_sample import MixSampleOutput, mix_sample
+    from .ops.mix_verify import MixVerifyOutput, mix_verify
     from .ops.sparse_kl import SparseKLOutput, sparse_kl
     from .ops.sparse_targets import SparseTargets
     from .ops.token_logprobs import token_logprobs
@@ -27,6 +28,7 @@ __all__ = [
     "BackendUnavailable",
     "MemoryMixture",
     "MixSampleOutput",
+    "MixVerifyOutput",
     "SparseKLOutput",
     "SparseTargets",
     "backends",
@@ -36,6 +38,7 @@ __all__ = [
     "logit_mix",
     "mix_argmax",
     "mix_sample",
+    "mix_verify",
     "sparse_kl",
     "token_logprobs",
 ]
@@ -44,6 +47,7 @@ _HOME = {
     "BackendUnavailable": "ops.dispatch",
     "MemoryMixture": "mixture",
     "MixSampleOutput": "ops.mix_sample",
+    "MixVerifyOutput": "ops.mix_verify",
     "SparseKLOutput": "ops.sparse_kl",
     "SparseTargets": "ops.sparse_targets",
     "backends": "ops.dispatch",
@@ -53,6 +57,7 @@ _HOME = {
     "logit_mix": "ops.logit_mix",
     "mix_argmax": "ops.mix_argmax",
     "mix_sample": "ops.mix_sample",
+    "mix_verify": "ops.mix_verify",
     "sparse_kl": "ops.sparse_kl",
     "token_logprobs": "ops.token_logprobs",
 }

@@ -57,6 +57,10 @@ def _count(name: str, help_text: str, default: int | None = None, **more: Any) -
     return Option(name, help_text, default, type=int, metavar="N", **more)
 
 
+def _count_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def _windows(batch_size: int, of_batch: str = "windows per forward pass") -> tuple[Option, ...]:
     return (
         _count("block", "input tokens per window", 1024),
@@ -294,6 +298,13 @@ GENERATE = Stage(
         _number("top_p", "sample among the tokens that hold this mass, 0..1", 1.0),
         _number("min_p", "drop tokens below this fraction of the most likely one, 0..1", 0.0),
         _count("seed", "seed of sampling", 0),
+        Option(
+            "draft_tokens",
+            "tokens that the memory drafts per pass of the base; auto: as many as pay; 0: none",
+            0,
+            type=_count_or_auto,
+            metavar="N|auto",
+        ),
         Option("side_by_side", "also continue with the base alone", False),
         Option("quiet", "print when done instead of token by token", False),
         _DEVICE,

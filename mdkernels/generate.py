@@ -30,6 +30,7 @@ def generate(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int = 0,
+    draft_tokens: int | str = 0,
     side_by_side: bool = False,
     stream: TextIO | None = None,
     device: str = "auto",
@@ -43,8 +44,8 @@ def generate(
         prompts: one text or several, decoded as one batch. The text is tokenised without special
             tokens, as the corpus was.
         tokenizer: None: that of `base`, which must then be a directory or hub id.
-        mix_weight, memory_temperature, max_new_tokens, temperature, top_k, top_p, min_p, seed: see
-            `MemoryMixture` and `decode`.
+        mix_weight, memory_temperature, max_new_tokens, temperature, top_k, top_p, min_p, seed,
+        draft_tokens: see `MemoryMixture` and `decode`; the base alone has no drafts.
         side_by_side: also decode with the base alone, from the same random streams.
         stream: where to write the text while it is made (one prompt only), for example sys.stdout.
         dtype: "float32" or "bfloat16" weights; live models keep theirs.
@@ -93,6 +94,7 @@ def generate(
             top_p=top_p,
             min_p=min_p,
             seed=seed,
+            draft_tokens=draft_tokens if name == "mixture" else 0,
             eos_token_id=tokenizer.eos_token_id,
             on_token=printer,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 from torch import Tensor
@@ -55,6 +56,26 @@ class MixtureGenerationMixin(GenerationMixin):
             named = mask if isinstance(mask, dict) else {"": mask}
             masks |= {f"{i}.{kind}": one for kind, one in named.items()}
         return masks
+
+    def _extract_generation_mode_kwargs(
+        self, custom_generate, kwargs, synced_gpus, assistant_model, streamer
+    ) -> dict[str, Any]:
+        found = super()._extract_generation_mode_kwargs(
+            custom_generate, kwargs, synced_gpus, assistant_model, streamer
+        )
+        if callable(custom_generate):  # gets none of these from transformers, silently
+            known = inspect.signature(custom_generate).parameters
+            given = {
+                "synced_gpus": synced_gpus,
+                "assistant_model": assistant_model,
+                "streamer": streamer,
+            }
+            for name, value in given.items():
+                if value is not None and name not in known:
+                    raise ValueError(f"{name}: custom_generate takes no such argument")
+                if value is not None:
+                    found[name] = value
+        return found
 
     def _validate_generated_length(self, generation_config, input_ids_length, *args) -> None:
         generation_config._prompt_length = input_ids_length

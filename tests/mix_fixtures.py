@@ -1,4 +1,4 @@
-"""What the tests of logit_mix, mix_argmax and mix_sample share: backends, cases, a float64 oracle.
+"""What the tests of the mixture operators share: backends, cases, a float64 oracle.
 
 Import the operators from here: on a machine with a GPU their tensors travel to it for the backends
 that run there, so that every test covers these as well.
@@ -77,6 +77,7 @@ def _placed(op):
 logit_mix = _placed(mdkernels.logit_mix)
 mix_argmax = _placed(mdkernels.mix_argmax)
 mix_sample = _placed(mdkernels.mix_sample)
+mix_verify = _placed(mdkernels.mix_verify)
 
 
 @pytest.fixture(params=["reference", *ISAS, *sorted(UNCHECKED)])

@@ -54,8 +54,9 @@ def exponentials(seeds, offsets, width, stream=0):
     return -np.log1p(-(high + (low + 0.5) / 2**32) / 2**32)
 
 
-def draw(p, seeds, offsets, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """(tokens, clear): what mixture probabilities (N, V) give, and which rows leave no doubt."""
+def processed(p, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """(q, clear): what mixture probabilities (N, V) become, proportional to the probabilities that
+    are drawn from, and which rows leave no doubt about what is kept."""
     rows, width = p.shape
     with np.errstate(divide="ignore"):
         q = np.exp((np.log(p) - np.log(p.max(1, keepdims=True))) / temperature)
@@ -81,6 +82,13 @@ def draw(p, seeds, offsets, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     if min_p > 0:
         clear &= (np.abs(q / min_p - 1) > AMBIGUOUS).all(1)
         q = np.where(q < min_p, 0, q)
+    return q, clear
+
+
+def draw(p, seeds, offsets, **filters):
+    """(tokens, clear): what mixture probabilities (N, V) give, and which rows leave no doubt."""
+    q, clear = processed(p, **filters)
+    width = p.shape[1]
     with np.errstate(divide="ignore"):
         clocks = exponentials(seeds, offsets, width) / q
     ranked = np.sort(clocks, 1)

@@ -71,6 +71,13 @@ def work() -> None:
                     except mdkernels.BackendUnavailable:  # filters: one backend has them
                         continue
                     note(op, variant.backend)
+    places = torch.randn(2, 3, 400, device=device)
+    ids = torch.randint(0, 400, (2, 2), device=device)
+    for variant in (v for v in variants("mix_verify") if v.device == device):
+        options = {"seeds": 1, "backend": variant.backend}
+        mdkernels.mix_verify(places, places.flip(1), 0.3, ids, **options)
+        mdkernels.mix_verify(places, places.flip(1), 0.3, ids, temperature=0.7, **options)
+        note("mix_verify", variant.backend)
     distances = torch.rand(ROWS, 130, device=device)
     ids = torch.randint(0, 400, (ROWS, 130), device=device)
     values = torch.randint(0, 60, (400,), device=device)

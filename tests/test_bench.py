@@ -144,3 +144,10 @@ def test_regimes_set_nothing_but_their_own_variables(load, monkeypatch):
     stock = regimes.process_environment("stock")
     assert not {"GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "LD_PRELOAD"} & stock.keys()
     assert "hugetlb=1" in regimes.process_environment("tuned")["GLIBC_TUNABLES"]
+
+
+def test_decoding_is_checked_and_timed(load):
+    (document,) = load("decode").main(["--smoke"])
+    assert all(speed["min"] > 0 for speed in document["tokens_per_s"].values())
+    assert document["ratios"]["base alone / auto drafts"]["median"] > 0
+    assert 0 < document["drafts"]["mixture, 4 drafts"]["acceptance"] <= 1

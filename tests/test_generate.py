@@ -217,9 +217,18 @@ def test_text_of_base_and_mixture_side_by_side(checkpoints):
             assert prompt + result[name] == tiny_tokenizer().decode(tokens)
 
 
-def test_streaming_shows_what_is_returned(checkpoints):
+def test_drafts_change_nothing_but_the_speed(checkpoints):
+    options = {"max_new_tokens": 12, "mix_weight": 0.7, "side_by_side": True}
+    want = generate(*checkpoints, PROMPTS, **options)
+    for draft_tokens in (2, "auto"):
+        assert generate(*checkpoints, PROMPTS, draft_tokens=draft_tokens, **options) == want
+
+
+@pytest.mark.parametrize("draft_tokens", [0, 3])
+def test_streaming_shows_what_is_returned(checkpoints, draft_tokens):
     stream = io.StringIO()
-    (result,) = generate(*checkpoints, PROMPTS[1], max_new_tokens=20, stream=stream)
+    options = {"max_new_tokens": 20, "stream": stream, "draft_tokens": draft_tokens}
+    (result,) = generate(*checkpoints, PROMPTS[1], **options)
     assert stream.getvalue() == f"--- mixture\n{PROMPTS[1]}{result['mixture']}\n"
 
 

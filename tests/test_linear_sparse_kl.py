@@ -1,6 +1,7 @@
 """linear_sparse_kl against F.linear and the dense loss in float64, on every backend."""
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from linear_fixtures import check, make_head, solve
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdkernels import SparseTargets, linear_sparse_kl, sparse_kl
-from mdkernels.ops import checks, linear
+from mdkernels.ops import linear
 from mdkernels.ops.linear_sparse_kl import chunks
 from mdkernels.ops.sparse_kl import reference
 
@@ -65,7 +66,9 @@ def test_size_of_chunks_changes_only_roundings(reduction):
 
 def test_weight_gradient_error_is_flat_from_1_to_64_chunks():
     """Hidden states of one sign, so that the sum grows as long as it is added to: a 16-bit sum
-    loses digits with every chunk, as the last assertion shows."""
+    loses digits with every chunk, as the last assertion shows. One chunk is rounded once; of more,
+    each is rounded at its own size, which together is at most one rounding of the sum, and then the
+    sum is: two independent roundings however many chunks, sqrt(2) times the error of one."""
     rows, dtype = 512, torch.bfloat16
     head = make_head(rows, 257, dtype, bias=False, width=16, scale=0.1)
     head.hidden = (head.hidden.detach().float().abs() + 1).to(dtype).requires_grad_()
@@ -80,7 +83,7 @@ def test_weight_gradient_error_is_flat_from_1_to_64_chunks():
     for count in (1, 2, 4, 8, 16, 32, 64):
         _, grads = head.grads(chunk_rows=rows // count)
         errors[count] = error(grads["weight"])
-    assert max(errors.values()) <= 1.1 * errors[1], errors
+    assert max(errors.values()) <= 2**0.5 * errors[1], errors
 
     narrow = torch.zeros_like(head.weight)
     for part in range(64):
@@ -179,17 +182,21 @@ def test_values_out_of_range(variant, what):
         assert nan.tolist()[:6] == [False] * 5 + [True]
 
 
-def test_reference_takes_a_window_of_offsets(monkeypatch):
+def test_reference_takes_a_window_of_offsets():
     """As it gets it on a GPU, where reading the offsets would mean waiting."""
+
+    class Gpu(str):
+        """A device to torch, and of another type than "cpu" to the reference."""
+
+        type = "cuda"
+
     head = make_head(rows=9)
-    t, z = head.targets, torch.randn(3, 203)
-    expected = reference.forward(z, *_arrays(t.rows(4, 7)), head.labels[4:7], IGNORE)
-    monkeypatch.setattr(reference, "find_fault", lambda *args: None)
-    monkeypatch.setattr(
-        z.__class__, "device", property(lambda self: torch.device("cpu")), raising=False
-    )
+    t, labels = head.targets, head.labels[4:7]
+    logits = types.SimpleNamespace(shape=(3, 203), device=Gpu("cpu"), dtype=torch.float32)
     window = t.row_offsets[4:8], t.token_ids, t.probs
-    found = reference.forward(z, *window, head.labels[4:7], IGNORE)
+    found = reference._merged(logits, *window, labels, IGNORE)
+    expected = reference._merged(torch.empty(3, 203), *_arrays(t.rows(4, 7)), labels, IGNORE)
+    assert len(expected[0]) > 0
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
@@ -220,6 +227,7 @@ def test_one_buffer_of_logits_and_one_cast(dtype):
     """fp32 tensors, computed in `dtype`, as autocast would have it."""
     rows, vocab, width, chunk = 64, 1001, 8, 8
     head = make_head(rows, vocab, width=width)
+    head.targets = csr([([3, 5], [0.5, 0.5])] * rows)  # fewer than logits in a chunk
     args = *_arrays(head.targets), head.labels, IGNORE
     ones = torch.ones(rows)
     with torch.no_grad(), Sizes() as sizes:
@@ -283,4 +291,3 @@ def test_checks_cover_the_storage():
     weight.untyped_storage().resize_(0)
     with pytest.raises(RuntimeError, match="weight: its storage has been freed"):
         linear_sparse_kl(head.hidden.detach(), weight, head.targets, head.labels)
-    assert checks.FLOAT_DTYPES

@@ -7,6 +7,7 @@ import pytest
 import test_logit_mix
 import test_mix_argmax
 import test_mix_sample
+import test_mix_verify
 import torch
 from mix_fixtures import generator, log, logits, mixture, pair, worst
 from mix_sample_oracle import draw
@@ -91,6 +92,18 @@ def test_ties_across_blocks(launch, filters):
     assert torch.equal(got[clear], want[clear])
 
 
+def test_verification(launch):
+    base, memory = test_mix_verify.case(4, 2, 301, torch.bfloat16, memory_width=310)
+    lengths = torch.tensor([2, 0, 2, 1])
+    assert test_mix_verify.check(base, memory, 0.4, "cuda", lengths) > 0.7
+
+
+@pytest.mark.parametrize("launch", LAUNCHES[1:3], indirect=True, ids=str)
+def test_verification_against_what_the_filters_keep(launch):
+    base, memory = test_mix_verify.case(2, 1, 301, torch.bfloat16, memory_width=310)
+    assert test_mix_verify.check(base, memory, 0.4, "cuda", **FILTERS[-1]) == 1
+
+
 def test_logprobs_and_bad_rows(launch):
     base, memory = pair(4, 301)
     base[1, 300] = torch.nan
@@ -122,6 +135,8 @@ def test_logprobs_and_bad_rows(launch):
         test_mix_sample.test_component,
         test_mix_sample.test_logprobs_of_a_list_and_of_a_dropped_model,
         test_mix_sample.test_masks_shifts_row_weights_and_memories,
+        test_mix_verify.test_a_memory_of_weight_one_is_always_right,
+        test_mix_verify.test_impossible_tokens,
     ],
     ids=lambda test: test.__name__.removeprefix("test_"),
 )

@@ -4,7 +4,7 @@ import pytest
 import torch
 from mix_fixtures import ON_GPU, pair
 
-from mdkernels import logit_mix, mix_argmax, mix_sample
+from mdkernels import logit_mix, mix_argmax, mix_sample, mix_verify
 
 pytestmark = [
     pytest.mark.gpu,
@@ -112,3 +112,45 @@ def test_runs_on_the_current_stream(backend):
         got = logit_mix(late, memory, weights, backend=backend)
     side.synchronize()
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8, 1.0])
+def test_a_graph_verifies_what_the_stream_verifies(backend, temperature):
+    """Nothing waits for the device, and a row does not depend on its batch."""
+    base, memory, _ = case(4 * 5)
+    base, memory = base.view(4, 5, -1), memory.view(4, 5, -1)
+    ids = memory[:, :4].argmax(2)
+    seeds = torch.arange(4, device="cuda")
+    offsets = torch.zeros_like(seeds)
+    weights = torch.full((4,), 0.6, device="cuda")
+    lengths = torch.tensor([4, 0, 3, 4], device="cuda")
+
+    def step(rows=slice(None)):
+        return mix_verify(
+            base[rows],
+            memory[rows],
+            weights[rows],
+            ids[rows],
+            draft_lengths=lengths[rows],
+            seeds=seeds[rows],
+            offsets=offsets[rows],
+            temperature=temperature,
+            backend=backend,
+            **(filters(backend) if temperature == 0.8 else {}),
+        )
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    step()
+    torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for position in range(8):
+        offsets.fill_(position)
+        graph.replay()
+        for got, want in zip(captured, step(), strict=True):
+            assert torch.equal(got, want)
+    for got, want in zip(step(slice(2, 3)), step(), strict=True):
+        assert torch.equal(got, want[2:3])

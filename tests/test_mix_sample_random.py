@@ -23,7 +23,7 @@ from mix_sample_oracle import exponentials, g_test, philox, philox_array, words
 from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from mdkernels.ops.mix_sample import philox as ours
-from mdkernels.ops.mix_sample import row_seeds
+from mdkernels.ops.mix_sample.philox import row_seeds
 
 backend = mix_fixtures.backend
 slow_backends = ({"triton", "cuda"} & UNCHECKED) - ON_GPU

@@ -17,7 +17,7 @@ from mdkernels.targets import open_targets
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 # What each block is recognised by; every block of the README has a test below.
-MIXTURE, LOSS = "MemoryMixture", "from_padded"
+MIXTURE, DRAFTS, LOSS = "MemoryMixture", "fast_decode", "from_padded"
 LOOP, TRAINER = "for batch in loader", "SparseKLTrainer"
 LIGHTNING, TOPK, MLP = "LightningModule", "from_topk_logprobs", "KeyDataset"
 
@@ -52,7 +52,7 @@ def names(root, monkeypatch):
 
 
 def test_every_block_is_tested_and_short():
-    marks = (MIXTURE, LOSS, LOOP, TRAINER, LIGHTNING, TOPK, MLP)
+    marks = (MIXTURE, DRAFTS, LOSS, LOOP, TRAINER, LIGHTNING, TOPK, MLP)
     assert [sum(mark in text for mark in marks) for text in blocks()] == [1] * len(marks)
     for text in blocks():
         lines = [line for line in text.splitlines() if line.strip()]
@@ -74,6 +74,13 @@ def test_mixture(tmp_path, monkeypatch):
     with torch.no_grad():
         found, expected = (m(input_ids=ids).logits for m in (loaded, names["model"]))
     assert torch.equal(found, expected)
+    drawn = []
+    generate = names["model"].generate
+    names["model"].generate = lambda **options: drawn.append(generate(**options))
+    run(DRAFTS, names)
+    run(DRAFTS, names)
+    assert drawn[0].shape[1] > ids.shape[1]
+    assert torch.equal(*drawn)
 
 
 def test_losses_of_padded_lists(names, capsys):

@@ -73,6 +73,21 @@ def _loss(shape: dict) -> list[Target]:
     ]
 
 
+def _linear(shape: dict) -> list[Target]:
+    what = "linear_sparse_kl, " + " x ".join(map(str, shape.values()))
+
+    def goal(name, text, baseline, relation, factor, unit="time"):
+        identity = f"linear_sparse_kl {name} {shape['V']}"
+        common = (identity, f"{what}: {text}", "linear_sparse_kl", "layer", shape)
+        return Target(*common, "", baseline, relation, factor, unit)
+
+    return [
+        goal("eager", "eager linear and sparse loss", "sparse_eager", AT_LEAST, 2.2),
+        goal("matmul", "of the three matrix products", FLOOR, AT_LEAST, 0.60),
+        goal("memory", "memory beyond gradients", "", AT_MOST, 320.0, "MB"),
+    ]
+
+
 def _read(op: str, kind: str, what: str, baseline: str) -> list[Target]:
     shape, at = {"N": 4096, "V": 151936}, "4096 x 151936"
     odd = {"N": 4096, "V": 50257}
@@ -99,6 +114,8 @@ def _decode(batch: int, factor: float) -> list[Target]:
 TARGETS: tuple[Target, ...] = (
     *_loss(BIG[0]),
     *_loss(BIG[1]),
+    *_linear({"N": 8192, "D": 768, "V": 50257}),
+    *_linear({"N": 8192, "D": 896, "V": 151936}),
     *_read("token_logprobs", "gold", "token_logprobs", "eager"),
     *_read("mix_sample", "gold", "mixture log-probabilities of given tokens", "eager"),
     *_decode(1, 5),

@@ -12,6 +12,7 @@ namespace {
 #include "mix_argmax.inl"
 #include "philox.inl"
 #include "mix_sample.inl"
+#include "mix_verify.inl"
 // clang-format on
 }  // namespace
 
@@ -19,5 +20,6 @@ extern "C" const MdkKernels MDK_TABLE = {
     MDK_ISA_NAME,
     sparse_kl,
     knn_targets,
-    {mix_sums, mix_write, mix_best, mix_group_max, mix_collect, mix_mass_above, mix_race, W},
+    {mix_sums, mix_write, mix_best, mix_group_max, mix_collect, mix_mass_above, mix_race,
+     mix_residual, mix_exponential, W},
 };

@@ -1,8 +1,10 @@
-// logit_mix, mix_argmax and mix_sample for Python. Pointers arrive as integers; see bindings.cpp.
+// logit_mix, mix_argmax, mix_sample and mix_verify for Python. Pointers arrive as integers; see
+// bindings.cpp.
 #include <tuple>
 
 #include "bind.h"
 #include "mix_sample_driver.h"
+#include "mix_verify_driver.h"
 
 namespace {
 
@@ -80,6 +82,32 @@ void mix_logprobs(int64_t rows, const Inputs& inputs, std::vector<double> weight
   mdk::mix_logprobs(args, pointer<int64_t>(tokens), pointer<float>(out), threads);
 }
 
+py::object mix_verify(int64_t rows, const Inputs& inputs, std::vector<double> weights,
+                      const RowWeights& row_weights, double memory_temperature, int64_t positions,
+                      int draft, double draft_temperature, uintptr_t draft_ids,
+                      uintptr_t draft_lengths, double temperature, int64_t top_k, double top_p,
+                      double min_p, uintptr_t seeds, uintptr_t offsets, uintptr_t num_accepted,
+                      uintptr_t tokens, int threads) {
+  auto args = mix_args(rows, inputs, std::move(weights), row_weights, memory_temperature);
+  args.inputs[draft].scale = static_cast<float>(1.0 / draft_temperature);
+  const mdk::MixVerifyArgs verify = {positions,
+                                     draft,
+                                     pointer<int64_t>(draft_ids),
+                                     pointer<int64_t>(draft_lengths),
+                                     temperature,
+                                     {top_k, top_p, min_p},
+                                     pointer<int64_t>(seeds),
+                                     pointer<int64_t>(offsets),
+                                     pointer<int64_t>(num_accepted),
+                                     pointer<int64_t>(tokens)};
+  mdk::Fault fault;
+  {
+    py::gil_scoped_release release;
+    fault = mdk::mix_verify(args, verify, threads);
+  }
+  return report(fault);
+}
+
 }  // namespace
 
 void bind_mix(py::module_& m) {
@@ -87,4 +115,5 @@ void bind_mix(py::module_& m) {
   m.def("mix_argmax", &mix_argmax);
   m.def("mix_sample", &mix_sample);
   m.def("mix_logprobs", &mix_logprobs);
+  m.def("mix_verify", &mix_verify);
 }

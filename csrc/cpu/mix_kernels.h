@@ -1,6 +1,6 @@
-// The part of the kernel table behind logit_mix, mix_argmax and mix_sample; included by kernels.h
-// and bound by its rules. Weights, temperatures and threads live in mix_driver.cpp: here a row of
-// the mixture is a list of terms, and every function works on a range of one row.
+// The part of the kernel table behind logit_mix, mix_argmax, mix_sample and mix_verify; included by
+// kernels.h and bound by its rules. Weights, temperatures and threads live in mix_driver.cpp: here
+// a row of the mixture is a list of terms, and every function works on a range of one row.
 //
 // Whatever depends on the order of a summation is stored per block of kMixBlock elements, so that
 // a result has the same bits however a row is split over threads.
@@ -26,7 +26,8 @@ struct MdkMixTerm {
   float scale, max, offset;
 };
 
-// argmin over the kept tokens of E_j / exp((score_j - max) * scale), E_j from Philox.
+// argmin over the kept tokens of E_j / exp((score_j - max) * scale), or, if `linear`, of
+// E_j / score_j; E_j from Philox.
 // Kept: score > cutoff, or score == cutoff and id <= last_tie.
 struct MdkRace {
   const float* scores;
@@ -35,6 +36,8 @@ struct MdkRace {
   float cutoff;
   int64_t last_tie;
   uint64_t seed, offset;
+  uint32_t stream;
+  int linear;
   double key;  // out, with `token`: the best so far; start with infinity and -1
   int64_t token;
 };
@@ -62,5 +65,11 @@ struct MdkMixKernels {
                      double* mass);
   // begin is a multiple of kMixGroup.
   void (*race)(MdkRace* race, int64_t begin, int64_t end);
+  // scores[i] becomes the positive part of p - exp(draft[i]), where p is
+  // exp((score - max) * scale - log_mass) if score >= cutoff, else 0.
+  void (*residual)(float* scores, const float* draft, int64_t n, float max, float scale,
+                   float log_mass, float cutoff);
+  // One exponential variate, of streams `stream` and `stream + 1`.
+  double (*exponential)(uint64_t seed, uint64_t offset, uint32_t stream, int64_t token);
   int lanes;  // W
 };

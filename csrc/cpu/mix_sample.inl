@@ -56,9 +56,9 @@ void mix_mass_above(const float* scores, int64_t n, float max, float scale, cons
 }
 
 // E = -log(1 - v) for the 64-bit v = (high + (low + 1/2) / 2^32) / 2^32, clipped below 1.
-MDK_INLINE double race_exponential(uint64_t seed, uint64_t offset, int64_t token) {
-  const double high = philox_word(seed, offset, 0, token);
-  const double low = philox_word(seed, offset, 1, token);
+double mix_exponential(uint64_t seed, uint64_t offset, uint32_t stream, int64_t token) {
+  const double high = philox_word(seed, offset, stream, token);
+  const double low = philox_word(seed, offset, stream + 1, token);
   const double v = (high + (low + 0.5) * 0x1p-32) * 0x1p-32;
   return -log1p(-(v < 1.0 - 0x1p-53 ? v : 1.0 - 0x1p-53));
 }
@@ -70,7 +70,8 @@ void mix_race(MdkRace* race, int64_t begin, int64_t end) {
   static_assert(kMixGroup % kTokens == 0, "a step must not cross the end of a group");
   const vf reference = vset(race->max), k = vset(race->scale * kLog2E);
   const vf cutoff = vset(race->cutoff);
-  const PhiloxStream stream(race->seed, race->offset);
+  const vf inverse = vset(1.0f / race->max);
+  const PhiloxStream stream(race->seed, race->offset, race->stream);
   constexpr double kMargin = 0x1p24 * 1.0001;  // units of 2^-24, and the rounding of q
   vf limit = vset((float)(race->key * kMargin));
   for (int64_t i = begin; i < end; i += kTokens) {
@@ -80,8 +81,12 @@ void mix_race(MdkRace* race, int64_t begin, int64_t end) {
     for (int u = 0; u < U; ++u) q[u] = load_scores(race->scores + i + u * W, end - i - u * W);
     for (int u = 0; u < U; ++u) pass |= (uint64_t)vmask_ge(q[u], cutoff) << u * W;
     if (pass == 0) continue;
-    for (int u = 0; u < U; ++u) q[u] = (q[u] - reference) * k;
-    vexp2_each<U>(q);
+    if (race->linear) {
+      for (int u = 0; u < U; ++u) q[u] = q[u] * inverse;
+    } else {
+      for (int u = 0; u < U; ++u) q[u] = (q[u] - reference) * k;
+      vexp2_each<U>(q);
+    }
     stream.high24<U / 2>(i, v);
     uint64_t fast = 0;
     for (int u = 0; u < U; ++u) fast |= (uint64_t)vmask_ge(q[u] * limit, v[u]) << u * W;
@@ -95,7 +100,7 @@ void mix_race(MdkRace* race, int64_t begin, int64_t end) {
       if (token >= end) break;
       if (race->scores[token] == race->cutoff && token > race->last_tie) continue;
       if (!(shares[lane] > 0.0f)) continue;
-      const double e = race_exponential(race->seed, race->offset, token);
+      const double e = mix_exponential(race->seed, race->offset, race->stream, token);
       const double key = e / (double)shares[lane];
       if (key < race->key || (key == race->key && token < race->token)) {
         race->key = key;

@@ -6,72 +6,17 @@
 #include <limits>
 
 #include "isa.h"
+#include "mix_draw.h"
 
 namespace mdk {
 namespace {
 
-constexpr int64_t kGroupsPerBlock = kMixBlock / kMixGroup;
-
-// One row on its way to a token. The passes over ranges of blocks may run on several threads; what
-// lies between them runs on one.
-struct Draw {
-  const MixArgs& args;
-  const MixSampleArgs& sample;
-  MixScratch sums;
-  std::vector<float> scores, group_maxima;
-  MixCandidates candidates;
-  float scale, max;
-  MixCutoff cutoff;
-
-  Draw(const MixArgs& a, const MixSampleArgs& s)
-      : args(a),
-        sample(s),
-        sums(a, false),
-        scores(a.width),
-        group_maxima(a.blocks() * kGroupsPerBlock),
-        scale(static_cast<float>(std::min(1.0 / s.temperature, 1e30))) {}
-
-  void pass_sums(int64_t row, int64_t begin, int64_t end) {
-    bool needed[kMixTerms];
-    args.needed(row, false, false, needed);
-    sums.sum(args, row, needed, begin, end);
-  }
-
-  MixRow normalise(int64_t row) const {
-    bool needed[kMixTerms];
-    args.needed(row, false, false, needed);
-    return MixRow(args, row, needed, sums);
-  }
-
-  void pass_scores(const MixRow& mix, int64_t begin, int64_t end) {
-    const int64_t first = begin * kMixBlock, last = std::min(end * kMixBlock, args.width);
-    kernels().mix.write(mix.terms, mix.count, first, last, 0.0f, scores.data() + first, 0);
-    kernels().mix.group_max(scores.data() + first, last - first,
-                            group_maxima.data() + begin * kGroupsPerBlock);
-  }
-
-  void filter() {
-    const int64_t groups = (args.width + kMixGroup - 1) / kMixGroup;
-    max = *std::max_element(group_maxima.begin(), group_maxima.begin() + groups);
-    cutoff = mix_cutoff(sample.filter, scores.data(), group_maxima.data(), args.width, max, scale,
-                        candidates);
-  }
-
-  MdkRace pass_race(int64_t row, int64_t begin, int64_t end) const {
-    MdkRace race = {scores.data(),
-                    group_maxima.data(),
-                    max,
-                    scale,
-                    cutoff.score,
-                    cutoff.last_tie,
-                    static_cast<uint64_t>(sample.seeds[row]),
-                    static_cast<uint64_t>(sample.offsets[row]),
-                    std::numeric_limits<double>::infinity(),
-                    -1};
-    kernels().mix.race(&race, begin * kMixBlock, std::min(end * kMixBlock, args.width));
-    return race;
-  }
-};
+MdkRace race(const MixDraw& draw, const MixSampleArgs& sample, int64_t row, int64_t begin,
+             int64_t end) {
+  return draw.pass_race(static_cast<uint64_t>(sample.seeds[row]),
+                        static_cast<uint64_t>(sample.offsets[row]), kTokenStream, false, begin,
+                        end);
+}
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
 
@@ -83,9 +28,9 @@ void remember_first(std::atomic<int64_t>& first, int64_t row) {
 
 void draw_rows(const MixArgs& args, const MixSampleArgs& sample, const MixPlan& plan,
                std::atomic<int64_t>& bad_row) {
-  std::vector<Draw> draws(plan.threads, Draw(args, sample));
+  std::vector<MixDraw> draws(plan.threads, MixDraw(args, sample.filter, sample.temperature));
   parallel_rows(args.rows, plan.threads, plan.chunk, [&](int thread, int64_t row, int64_t end) {
-    Draw& draw = draws[thread];
+    MixDraw& draw = draws[thread];
     const int64_t blocks = args.blocks();
     for (; row < end; ++row) {
       draw.pass_sums(row, 0, blocks);
@@ -95,17 +40,17 @@ void draw_rows(const MixArgs& args, const MixSampleArgs& sample, const MixPlan& 
         continue;
       }
       draw.pass_scores(mix, 0, blocks);
-      draw.filter();
-      sample.tokens[row] = draw.pass_race(row, 0, blocks).token;
+      draw.find_cutoff();
+      sample.tokens[row] = race(draw, sample, row, 0, blocks).token;
     }
   });
 }
 
 void draw_split(const MixArgs& args, const MixSampleArgs& sample, const MixPlan& plan,
                 std::atomic<int64_t>& bad_row) {
-  std::vector<Draw> draws(args.rows, Draw(args, sample));
+  std::vector<MixDraw> draws(args.rows, MixDraw(args, sample.filter, sample.temperature));
   std::vector<MdkRace> found(plan.threads * args.rows, MdkRace{});
-  for (MdkRace& race : found) race.token = -1;
+  for (MdkRace& none : found) none.token = -1;
 #pragma omp parallel num_threads(plan.threads)
   {
     const int thread = omp_get_thread_num(), threads = omp_get_num_threads();
@@ -123,9 +68,9 @@ void draw_split(const MixArgs& args, const MixSampleArgs& sample, const MixPlan&
 #pragma omp barrier
     if (bad_row.load() == kNone) {  // the same for all threads: nobody writes it any more
 #pragma omp for schedule(dynamic, 1)
-      for (int64_t row = 0; row < args.rows; ++row) draws[row].filter();
+      for (int64_t row = 0; row < args.rows; ++row) draws[row].find_cutoff();
       mix_share(args, thread, threads, [&](int64_t row, int64_t begin, int64_t end) {
-        found[thread * args.rows + row] = draws[row].pass_race(row, begin, end);
+        found[thread * args.rows + row] = race(draws[row], sample, row, begin, end);
       });
     }
   }
@@ -133,8 +78,8 @@ void draw_split(const MixArgs& args, const MixSampleArgs& sample, const MixPlan&
   for (int64_t row = 0; row < args.rows; ++row) {
     const MdkRace* best = nullptr;  // shares ascend with the thread: the first of equals wins
     for (int thread = 0; thread < plan.threads; ++thread) {
-      const MdkRace& race = found[thread * args.rows + row];
-      if (race.token >= 0 && (best == nullptr || race.key < best->key)) best = &race;
+      const MdkRace& other = found[thread * args.rows + row];
+      if (other.token >= 0 && (best == nullptr || other.key < best->key)) best = &other;
     }
     sample.tokens[row] = best->token;
   }

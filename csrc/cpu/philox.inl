@@ -23,7 +23,7 @@ MDK_INLINE uint32_t philox_word(uint64_t seed, uint64_t offset, uint32_t stream,
   return c[token & 3];
 }
 
-// floor(word / 256) of U * 2 W tokens from `token` (a multiple of 2 W) on, stream 0, as exact
+// floor(word / 256) of U * 2 W tokens from `token` (a multiple of 2 W) on, as exact
 // floats in order.
 #if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
 
@@ -61,14 +61,16 @@ MDK_INLINE vf vhigh24(vi a) { return _mm256_cvtepi32_ps(_mm256_srli_epi32(a, 8))
 struct PhiloxStream {
   vi keys[kPhiloxRounds][2];
   vi offset[2];
+  vi words;
 
-  PhiloxStream(uint64_t seed, uint64_t position) {
+  PhiloxStream(uint64_t seed, uint64_t position, uint32_t stream) {
     for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
       keys[round][0] = vset64((uint32_t)seed + round * kPhiloxW0);
       keys[round][1] = vset64((uint32_t)(seed >> 32) + round * kPhiloxW1);
     }
     offset[0] = vset64((uint32_t)position);
     offset[1] = vset64(position >> 32);
+    words = vset64(stream);
   }
 
   // Each 64-bit lane carries one 32-bit word of one block; what sits above it is never read. The U
@@ -79,7 +81,7 @@ struct PhiloxStream {
     vi c0[U], c1[U], c2[U], c3[U], p0[U], p1[U];
     for (int u = 0; u < U; ++u) {
       c0[u] = philox_blocks((token + u * 2 * W) >> 2);
-      c1[u] = vset64(0);
+      c1[u] = words;
       c2[u] = offset[0];
       c3[u] = offset[1];
     }
@@ -103,14 +105,16 @@ struct PhiloxStream {
 
 struct PhiloxStream {
   uint64_t seed, offset;
+  uint32_t words;
 
-  PhiloxStream(uint64_t s, uint64_t position) : seed(s), offset(position) {}
+  PhiloxStream(uint64_t s, uint64_t position, uint32_t stream)
+      : seed(s), offset(position), words(stream) {}
 
   template <int U>
   MDK_INLINE void high24(int64_t token, vf* out) const {
     float s[U * 2 * W];
     for (int i = 0; i < U * 2 * W; ++i)
-      s[i] = (float)(philox_word(seed, offset, 0, token + i) >> 8);
+      s[i] = (float)(philox_word(seed, offset, words, token + i) >> 8);
     for (int u = 0; u < 2 * U; ++u) out[u] = vload(s + u * W);
   }
 };

@@ -29,6 +29,7 @@ void mix_argmax(Arguments&);
 void mix_sample(Arguments&);
 void mix_logprobs(Arguments&);
 void mix_choose(Arguments&);
+void mix_verify(Arguments&);
 void knn_merge(Arguments&);
 void knn_pack(Arguments&);
 
@@ -46,6 +47,7 @@ constexpr Entry kOperators[] = {
     {"mix_sample", mix_sample},
     {"mix_logprobs", mix_logprobs},
     {"mix_choose", mix_choose},
+    {"mix_verify", mix_verify},
     {"knn_merge", knn_merge},
     {"knn_pack", knn_pack},
 };

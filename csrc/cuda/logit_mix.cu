@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kMixThreads, 2)
   const int64_t step = block_count() / cluster_size();
   cluster_sync();  // the others have started
   for (int64_t row = block_index() / cluster_size(); row < a.mix.rows; row += step) {
-    const bool valid = mix_terms(a.mix, row, s, false, a.base_scale);
+    const bool valid = mix_terms(a.mix, row, s, false, a.base_scale ? 0 : -1);
     float shift = valid ? 0.0f : NAN;
     if (a.base_scale) shift += s.terms[0].max + s.terms[0].log_sum;
     const Columns mine = my_columns(a.mix.width);

@@ -187,17 +187,18 @@ __device__ __forceinline__ float mix_weight(const MixArgs& a, int64_t row, int k
 }
 
 // Fills s.terms. Returns, alike in all threads of the cluster, whether the row has a distribution.
-// `all`, `base`: look at every model, at the base, whatever its weight; the log_sum of a model that
-// has no distribution is NaN. The blocks of the cluster must have started.
+// `all`, `also`: look at every model, at the one of that number (-1: none), whatever its weight;
+// the log_sum of a model that has no distribution is NaN. The blocks of the cluster must have
+// started.
 __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShared& s, bool all,
-                                          bool base) {
+                                          int also) {
   for (int k = thread_index(); k < a.count; k += thread_count()) {
     bool valid;
     s.weights[k] = mix_weight(a, row, k, &valid);
     if (k == 0) s.weights_valid = valid;
   }
   block_sync();
-  const auto needed = [&](int k) { return all || (base && k == 0) || s.weights[k] > 0.0f; };
+  const auto needed = [&](int k) { return all || k == also || s.weights[k] > 0.0f; };
   for (int k = 0; k < a.count; ++k) {
     if (!needed(k)) continue;
     const float slope = a.models[k].scale * kLog2E;

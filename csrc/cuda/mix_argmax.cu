@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kMixThreads, 2)
   const int64_t step = block_count() / cluster_size();
   cluster_sync();  // the others have started
   for (int64_t row = block_index() / cluster_size(); row < a.mix.rows; row += step) {
-    const bool valid = mix_terms(a.mix, row, s, false, false);
+    const bool valid = mix_terms(a.mix, row, s, false, -1);
     int live = 0;
     for (int k = 0; k < a.mix.count; ++k) live += s.terms[k].live;
     Best<float> best = {INFINITY, -1};

@@ -27,7 +27,7 @@ from . import native
 COMPOSED = {"linear_sparse_kl": "sparse_kl", "linear_token_logprobs": "token_logprobs"}
 OPS = (
     *("sparse_kl", "token_logprobs", *COMPOSED),
-    *("logit_mix", "mix_argmax", "mix_sample", "knn_targets"),
+    *("logit_mix", "mix_argmax", "mix_sample", "mix_verify", "knn_targets"),
 )
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 

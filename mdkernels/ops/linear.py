@@ -9,12 +9,12 @@ from torch import Tensor
 from . import checks, native
 
 ROW_ALIGNMENT = 64  # bytes: a row of the buffer starts on a cache line, whatever the vocabulary
-CHUNK_MULTIPLE = 64  # rows: whole tiles of a matrix product
-# Bytes of logits at a time. On a CPU the rows decide first: past 512 of them the products gain
-# nothing, and the buffer should stay small beside the gradient of the weight.
+CHUNK_MULTIPLE = 32  # rows: whole tiles of a matrix product
+# Bytes of logits at a time. On a CPU the rows decide first: past CPU_ROWS of them the products gain
+# little, and the buffer should stay small beside the gradient of the weight.
 SCRATCH_BYTES = {"cpu": 256 << 20}
 GPU_SCRATCH_BYTES = 320_000_000
-CPU_ROWS = 512
+CPU_ROWS = 416
 
 
 def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dtype:

@@ -13,6 +13,7 @@ from mdkernels.ops.knn_targets import triton_kernels as knn_targets_kernels
 from mdkernels.ops.logit_mix import triton_kernels as logit_mix_kernels
 from mdkernels.ops.mix_argmax import triton_kernels as mix_argmax_kernels
 from mdkernels.ops.mix_sample import triton_kernels as mix_sample_kernels
+from mdkernels.ops.mix_verify import triton_kernels as mix_verify_kernels
 from mdkernels.ops.sparse_kl import triton_kernels as sparse_kl_kernels
 from mdkernels.ops.token_logprobs import triton_kernels as token_logprobs_kernels
 
@@ -102,6 +103,20 @@ def mix_sample(arch):
     return _mixtures(arch, call)
 
 
+def mix_verify(arch):
+    """The two rows as the places of one request; the draft as one of the mixed models, and beside
+    them."""
+
+    def call(mix, seeds):
+        one, ids = seeds[:1], seeds[:1, None]
+        for temperature, draft_temperature in ((1.0, 1.2), (0.7, 0.84)):
+            mix_verify_kernels.forward(
+                *mix, ids, one, 0, draft_temperature, temperature, 0, 1.0, 0.0, one, one
+            )
+
+    return _mixtures(arch, call)
+
+
 def knn_targets(arch):
     def case(neighbors, dtype, exclude):
         distances = torch.zeros(2, neighbors)
@@ -127,5 +142,6 @@ LAUNCHES = {
     "logit_mix": logit_mix,
     "mix_argmax": mix_argmax,
     "mix_sample": mix_sample,
+    "mix_verify": mix_verify,
     "knn_targets": knn_targets,
 }

@@ -171,17 +171,18 @@ def linear_sparse_kl(
         hidden: (N, D) fp32, bf16 or fp16 (fp64: reference backend), any strides. Pass the scored
             rows only.
         weight: (V, D), the LM head; the dtype of hidden, except under torch.autocast, which casts
-            both as it does for F.linear: once per call, and the gradient of an fp32 weight is
-            then not rounded to 16 bits. It may be tied to an embedding.
+            both as it does for F.linear: once a pass, and the gradient of an fp32 weight is
+            then not rounded to 16 bits after the sum. It may be tied to an embedding.
         targets, labels, kl_weight, ignore_index, reduction: as for `sparse_kl`.
         bias: (V,) or None.
-        chunk_rows: rows of logits at a time; None chooses: at most 512 rows and 256 MiB on a CPU,
+        chunk_rows: rows of logits at a time; None chooses: at most 416 rows and 256 MiB on a CPU,
             at most 320 MB on a GPU.
         backend: of the kernel between the matrix products; see `mdkernels.backends`.
 
     Returns:
         SparseKLOutput(loss, kl, ce) in nats, fp32 (fp64 for fp64). With reduction="mean" or "sum"
-        only `loss` is differentiable where a gradient is computed, with "none" all three are.
+        only `loss` is differentiable where a gradient is computed, with "none" all three are. No
+        second derivatives.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or value outside the above; a DTensor. Ids,

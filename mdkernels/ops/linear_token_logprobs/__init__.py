@@ -7,7 +7,6 @@ from torch.autograd.function import once_differentiable
 from .. import checks, dispatch, linear
 from ..linear_sparse_kl import gradient
 from ..sparse_kl.reduction import wide_dtype
-from ..sparse_targets import SparseTargets
 
 
 def _by_chunks(kernels, hidden, weight, bias, labels, ignore_index, chunk_rows, dtype) -> Tensor:
@@ -44,8 +43,9 @@ class _LinearTokenLogprobs(torch.autograd.Function):
     def backward(ctx, grad):
         *layer, labels = ctx.saved_tensors
         # The cross-entropy of linear_sparse_kl with the sign changed, and no targets.
-        none = SparseTargets.empty(labels.shape[0], labels.device)
-        sparse = none.row_offsets, none.token_ids, none.probs, labels, ctx.ignore_index
+        offsets = labels.new_zeros(labels.shape[0] + 1)
+        ids, probs = labels.new_empty(0, dtype=torch.int32), grad.new_empty(0)
+        sparse = offsets, ids, probs, labels, ctx.ignore_index
         coefs = torch.zeros_like(grad), -grad
         _, _, *grads = gradient(*layer, *sparse, *coefs, *ctx.needs, *ctx.how)
         given = [
@@ -68,7 +68,8 @@ def linear_token_logprobs(
     """log softmax(hidden @ weight.T + bias)[label] per row, without the (N, V) logits.
 
     Equivalent to ``token_logprobs(F.linear(hidden, weight, bias), labels)``. The logits exist for
-    `chunk_rows` rows at a time, in one buffer that is reused; a backward computes them again.
+    `chunk_rows` rows at a time, in one buffer that is reused; a backward computes them again, and
+    cannot itself be differentiated.
 
     Args:
         hidden: (N, D) fp32, bf16 or fp16 (fp64: reference backend), any strides.
@@ -79,7 +80,8 @@ def linear_token_logprobs(
         backend: see `mdkernels.backends`.
 
     Returns:
-        (N,) fp32 log-probabilities in nats (fp64 for fp64), differentiable.
+        (N,) fp32 log-probabilities in nats (fp64 for fp64), differentiable with respect to hidden,
+        weight and bias.
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or label outside the above; a DTensor. On a

@@ -86,9 +86,13 @@ def live_models(
     base_logits, memory_logits, row_weights, weights, memory_temperature, *, all_models, base_needed
 ) -> list[tuple[Tensor, float, float]]:
     """(logits, scale, weight) of the models a kernel has to look at. With row weights that is
-    decided row by row, so it is all of them, and the weight here means nothing."""
+    decided row by row, so it is all of them, and the weight here means nothing.
+    `memory_temperature`: a number, or one per memory."""
     tensors = (base_logits, *memory_logits)
-    scales = (1.0, *(1.0 / memory_temperature for _ in memory_logits))
+    temperatures = memory_temperature
+    if isinstance(temperatures, float):
+        temperatures = [temperatures] * len(memory_logits)
+    scales = (1.0, *(1.0 / temperature for temperature in temperatures))
     models = []
     for k, (x, scale) in enumerate(zip(tensors, scales, strict=True)):
         if row_weights is not None:

@@ -1,4 +1,4 @@
-"""What the Triton kernels of logit_mix, mix_argmax and mix_sample share. Derivation: README.md.
+"""What the Triton kernels of the mixture operators share. Derivation: README.md.
 
 A row is cut into parts of `BLOCK` logits, whatever the batch, so that no result depends on how
 many rows or programs there are. `sums_kernel` leaves one (maximum, sum) per part and model; every
@@ -80,9 +80,9 @@ class Plan(NamedTuple):
         return {**self.layout, "PARTS": triton.next_power_of_2(self.parts)}
 
 
-def plan(base, memories, row_weights, weights, memory_temperature, *, all_models, base_needed):
-    """The `Plan` of a call, its partial sums on their way. `all_models`, `base_needed`: look at
-    models of weight 0 as well."""
+def plan(base, memories, row_weights, weights, memory_temperature, *, all_models, also=-1):
+    """The `Plan` of a call, its partial sums on their way. `all_models`, or the one with the number
+    `also`, 0 being the base: look at models of weight 0 as well."""
     if len(memories) > MOST_MEMORIES:
         raise ValueError(
             f"memory_logits: the triton backend mixes at most {MOST_MEMORIES} memories, got "
@@ -97,8 +97,8 @@ def plan(base, memories, row_weights, weights, memory_temperature, *, all_models
             row_weights,
             weights,
             memory_temperature,
-            all_models=all_models,
-            base_needed=base_needed,
+            all_models=all_models or also > 0,  # their numbers stay
+            base_needed=also == 0,
         ),
         strict=True,
     )
@@ -125,7 +125,7 @@ def plan(base, memories, row_weights, weights, memory_temperature, *, all_models
             made.sums,
             tickets,
             ALL=all_models,
-            BASE=base_needed,
+            ALSO=also,
             **made.layout,
         )
     return made
@@ -237,7 +237,7 @@ def sums_kernel(
     share,
     splits,
     ALL: tl.constexpr,
-    BASE: tl.constexpr,
+    ALSO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Per part and model: the maximum m (at least LOWEST) and the sum of exp((x - m) scale)."""
@@ -248,7 +248,7 @@ def sums_kernel(
         tl.store(tickets + row, 0)
     for k in tl.static_range(len(xs)):
         weight = model_weight(weights, row_weights, weight_stride, weight_step, row, k, len(xs))
-        if ALL or (BASE and k == 0) or weight > 0.0:
+        if ALL or k == ALSO or weight > 0.0:
             at = (row * len(xs) + k) * parts
             model_sums(
                 xs[k] + row * strides[k],
@@ -285,7 +285,7 @@ def row_terms(
     row,
     parts,
     ALL: tl.constexpr,
-    BASE: tl.constexpr,
+    ALSO: tl.constexpr,
     PARTS: tl.constexpr,
 ):
     """Per model: its maximum, log sum exp((x - maximum) scale) and log weight (-inf: not in the
@@ -300,7 +300,7 @@ def row_terms(
         weight = model_weight(weights, row_weights, weight_stride, weight_step, row, k, MODELS)
         live = weight > 0.0
         count = parts
-        if not (ALL or (BASE and k == 0)):
+        if not (ALL or k == ALSO):
             count = tl.where(live, parts, 0)
         at = (row * MODELS + k) * parts
         m = tl.load(maxima + at + part, mask=part < count, other=LOWEST)

@@ -21,7 +21,7 @@ def forward(
             weights,
             memory_temperature,
             all_models=False,
-            base_needed=base_scale,
+            also=0 if base_scale else -1,
         )
         out = base_logits.new_empty((made.rows, made.width), dtype=torch.float32)
         if made.rows:
@@ -72,7 +72,7 @@ def write_kernel(
         row,
         parts,
         False,
-        BASE,
+        0 if BASE else -1,
         PARTS,
     )
     offsets = offsets_of(log_sums, log_weights)

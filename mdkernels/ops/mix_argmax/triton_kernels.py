@@ -20,7 +20,6 @@ def forward(base_logits, memory_logits, row_weights, weights, memory_temperature
             weights,
             memory_temperature,
             all_models=False,
-            base_needed=False,
         )
         if made.rows:
             best = base_logits.new_empty((made.rows, made.parts), dtype=torch.float32)
@@ -76,7 +75,7 @@ def best_kernel(
         row,
         parts,
         False,
-        False,
+        -1,
         PARTS,
     )
     # Probabilities are compared, but the logits themselves where one model is alone: that is exact.

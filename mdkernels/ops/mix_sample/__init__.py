@@ -1,16 +1,15 @@
 """Draws tokens from the mixture of a base model with memory models. Derivation: README.md."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
+from .. import dispatch
 from ..logit_mix.arguments import SCHEMA, canonical
 from ..mix_argmax import mix_argmax
-from .philox import row_seeds
+from .arguments import filtered, sampling, streams
 
 MODES = ("mixture", "component")
 
@@ -29,12 +28,8 @@ def _fake_logprobs(base_logits, memory_logits, *args):
     return base_logits.new_empty((base_logits.shape[0], 2 + len(memory_logits)), dtype=wide)
 
 
-def _filters(top_k, top_p, min_p) -> bool:
-    return top_k > 0 or top_p < 1.0 or min_p > 0.0
-
-
 def _needs_filters(*args):
-    return "filters" if _filters(*args[6:9]) else None
+    return "filters" if filtered(*args[6:9]) else None
 
 
 _forward = dispatch.define(
@@ -109,29 +104,15 @@ def mix_sample(
     """
     arguments = canonical(base_logits, memory_logits, mix_weight, memory_temperature)
     base = arguments[0]
-    temperature = checks.number("temperature", temperature)
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature: expected a finite number of at least 0, got {temperature}")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"top_k: expected an int of at least 0 (0: no limit), got {top_k!r}")
-    checks.integer("top_k", top_k)
-    top_p, min_p = checks.probability("top_p", top_p), checks.probability("min_p", min_p)
+    temperature, top_k, top_p, min_p = filters = sampling(temperature, top_k, top_p, min_p)
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
-    if mode == "component" and (temperature != 1.0 or _filters(top_k, top_p, min_p)):
+    if mode == "component" and (temperature != 1.0 or filtered(top_k, top_p, min_p)):
         raise ValueError(
             "mode: 'component' is exact only for temperature 1 without top_k, top_p and min_p; use "
             "mode='mixture'"
         )
-    if isinstance(seeds, int):
-        seeds = row_seeds(seeds, base.shape[0], base.device)
-    else:
-        checks.integer_vector("seeds", seeds, base.shape[0], base.device, of="base_logits")
-    if offsets is None or isinstance(offsets, int):
-        checks.integer("offsets", offsets or 0)
-        offsets = torch.full_like(seeds, offsets or 0)
-    else:
-        checks.integer_vector("offsets", offsets, base.shape[0], base.device, of="base_logits")
+    seeds, offsets = streams(seeds, offsets, base.shape[0], base.device)
     with torch.no_grad():
         if temperature == 0.0:
             tokens = mix_argmax(
@@ -142,7 +123,6 @@ def mix_sample(
                 backend=backend,
             )
         else:
-            filters = (temperature, top_k, top_p, min_p)
             drawn_from = arguments
             if mode == "component":
                 chosen = _choose(*arguments, seeds, offsets, backend)

@@ -30,13 +30,9 @@ def forward(
     tokens = torch.empty_like(seeds)
     width = mixture_width(base_logits, memory_logits)
     threads, cluster = launch_shape(base_logits, width)
-    models = mixture(base_logits, memory_logits, row_weights, weights, memory_temperature)
-    # The scores of a row live in the shared memory of its blocks, if that holds them.
-    fits = HEADER + 4 * (width // cluster + 4) <= device(models[0])["shared_per_block"]
-    stride = (width + 3) // 4 * 4
-    scratch = None if fits else base_logits.new_empty((len(seeds), stride), dtype=torch.float32)
+    scratch, stride = score_scratch(base_logits, len(seeds), width, cluster)
     native.load("_cuda").module.mix_sample(
-        *models,
+        *mixture(base_logits, memory_logits, row_weights, weights, memory_temperature),
         min(1.0 / temperature, 1e30),
         top_k,
         top_p,
@@ -50,6 +46,15 @@ def forward(
         cluster,
     )
     return tokens
+
+
+def score_scratch(like: Tensor, rows: int, width: int, cluster: int) -> tuple[Tensor | None, int]:
+    """(a matrix for the scores of rows, its stride), or None for the matrix: the scores of a row
+    live in the shared memory of its blocks, if that holds them."""
+    limit = device(native.stream(like)[0])["shared_per_block"]
+    fits = HEADER + 4 * (width // cluster + 4) <= limit
+    stride = (width + 3) // 4 * 4
+    return None if fits else like.new_empty((rows, stride), dtype=torch.float32), stride
 
 
 def choose(

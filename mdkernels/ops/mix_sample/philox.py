@@ -1,4 +1,4 @@
-"""The random numbers of mix_sample in eager torch: Philox4x32-10, keyed by the request.
+"""The random numbers of mix_sample and mix_verify in eager torch: Philox4x32-10, keyed by request.
 
 The same bits come out of csrc/cpu/philox.inl; README.md fixes the layout.
 """
@@ -15,7 +15,8 @@ _MASK = 0xFFFFFFFF
 _MASK64 = (1 << 64) - 1
 
 
-TOKENS, COMPONENTS = 0, 2  # the streams of the high words; the low ones are next to them
+# The streams of the high words; the low ones are next to them. The last two are mix_verify's.
+TOKENS, COMPONENTS, ACCEPT, RESIDUAL = 0, 2, 4, 6
 
 
 def exponentials(seeds: Tensor, offsets: Tensor, width: int, stream: int = TOKENS) -> Tensor:

@@ -31,7 +31,7 @@ def forward(
     if undefined.device.type == "cpu" and bool(undefined.any()):
         raise_row_fault(("nan_row", int(undefined.nonzero()[0, 0]), 0), row_weights)
     scores = (logprobs - logprobs.amax(1, keepdim=True)) / temperature
-    scores = _filter(scores, top_k, top_p, min_p)
+    scores = filter_scores(scores, top_k, top_p, min_p)
     # The fastest of independent exponential clocks with these rates: a token wins with probability
     # proportional to its rate, and needs no normaliser for it.
     clocks = exponentials(seeds, offsets, scores.shape[1]) / scores.exp().double()
@@ -74,7 +74,7 @@ def logprobs(
     return torch.cat([row.gather(1, gold) for row in rows], 1)
 
 
-def _filter(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+def filter_scores(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     """-inf for what is not kept. Scores have their maximum at 0."""
     if 0 < top_k < scores.shape[1]:
         kth = scores.topk(top_k).values[:, -1:]  # ties of the k-th stay

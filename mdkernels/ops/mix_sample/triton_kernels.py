@@ -50,7 +50,6 @@ def forward(
             weights,
             memory_temperature,
             all_models=False,
-            base_needed=False,
         )
         if made.rows:
             shape = (2, made.rows, made.parts)
@@ -107,7 +106,6 @@ def logprobs(
             weights,
             memory_temperature,
             all_models=True,
-            base_needed=True,
         )
         shape = (made.rows, 2 + len(memory_logits))
         out = base_logits.new_empty(shape, dtype=torch.float32)
@@ -127,12 +125,12 @@ def logprobs(
 
 
 @triton.jit
-def philox(seed, offset, block, STREAM: tl.constexpr):
-    """The four words of Philox4x32-10 at counter (block, STREAM, offset), key seed."""
+def philox(seed, offset, block, stream):
+    """The four words of Philox4x32-10 at counter (block, stream, offset), key seed."""
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
     k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
     c0 = block.to(tl.uint32)
-    c1 = tl.full(block.shape, STREAM, tl.uint32)
+    c1 = tl.full(block.shape, stream, tl.uint32)
     c2 = tl.zeros(block.shape, tl.uint32) + (offset & 0xFFFFFFFF).to(tl.uint32)
     c3 = tl.zeros(block.shape, tl.uint32) + ((offset >> 32) & 0xFFFFFFFF).to(tl.uint32)
     for _ in tl.static_range(10):
@@ -150,22 +148,22 @@ def philox(seed, offset, block, STREAM: tl.constexpr):
 
 
 @triton.jit
-def words(seed, offset, first, BLOCK: tl.constexpr, STREAM: tl.constexpr):
+def words(seed, offset, first, BLOCK: tl.constexpr, stream):
     """The word of each of the tokens [first, first + BLOCK), `first` a multiple of 4."""
     block = first // 4 + tl.arange(0, BLOCK // 4)
-    c0, c1, c2, c3 = philox(seed, offset, block, STREAM)
+    c0, c1, c2, c3 = philox(seed, offset, block, stream)
     return tl.reshape(tl.join(tl.join(c0, c2), tl.join(c1, c3)), (BLOCK,))
 
 
 @triton.jit
-def exponentials(seed, offset, first, BLOCK: tl.constexpr, STREAM: tl.constexpr):
+def exponentials(seed, offset, first, BLOCK: tl.constexpr, stream):
     """E = -log(1 - v) of each token, v = (high + (low + 1/2) / 2^32) / 2^32, to fp32 precision."""
-    high = words(seed, offset, first, BLOCK, STREAM)
+    high = words(seed, offset, first, BLOCK, stream)
     low = tl.full((BLOCK,), 0x80000000, tl.uint32)
     # 1/2 stands in for the low word where that changes v (or 1 - v near 1) by less than 1e-6.
     short = (high < 0x100000) | (high >= 0xFFFF0000)
     if tl.max(short.to(tl.int32), 0) > 0:
-        low = words(seed, offset, first, BLOCK, STREAM + 1)
+        low = words(seed, offset, first, BLOCK, stream + 1)
     v = (high.to(tl.float32) + (low.to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
     rest = ((~high).to(tl.float32) + ((~low).to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
     r, e = split(tl.maximum(rest, 2.0**-53))
@@ -234,7 +232,7 @@ def draw_kernel(
         row,
         parts,
         False,
-        False,
+        -1,
         PARTS,
     )
     offsets = offsets_of(log_sums, log_weights)
@@ -296,7 +294,7 @@ def logprobs_kernel(
         row,
         parts,
         True,
-        True,
+        -1,
         PARTS,
     )
     offsets = offsets_of(log_sums, log_weights)

@@ -82,7 +82,7 @@ def _merged(
     num_rows, vocab = logits.shape
     if logits.device.type == "cpu":
         raise_fault(find_fault(row_offsets, token_ids, vocab, labels, ignore_index), vocab)
-    elif len(token_ids):  # the offsets may be a window into those of a larger batch
+    if len(token_ids):  # on a GPU the offsets may be a window into those of a larger batch
         first, last = int(row_offsets[0]), int(row_offsets[-1])
         token_ids, probs = token_ids[first:last], probs[first:last]
     lengths = row_offsets.diff()
