@@ -273,6 +273,7 @@ EVALUATE = Stage(
         _DEVICE,
         _DTYPE,
         Option("compile", "torch.compile the trunks; pays on a large corpus", False),
+        Option("plot", "draw the mix-weight curve beside --out, if matplotlib is there", True),
         _OVERWRITE,
     ),
 )

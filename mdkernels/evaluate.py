@@ -1,8 +1,7 @@
 """Perplexity of base, memory and mixture from one pass per model.
 
 Each model is read once for the log-probability of the right token at every position. The mix weight
-is fitted on a validation corpus and reported on the test corpus, with a bootstrap interval of the
-gain.
+is fitted on a validation corpus and reported on the test corpus, with bootstrap intervals.
 """
 
 from __future__ import annotations
@@ -18,21 +17,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .bootstrap import MIN_UNITS, block_starts, document_starts, mean_intervals
 from .checkpoint import sync_path
 from .corpus import Corpus, open_corpus
-from .mix_weight import (
-    check_weights,
-    fit_mix_weight,
-    mixture_logprobs,
-    paired_interval,
-    weight_curve,
-)
+from .evaluate_report import format_table, plot_path, write_plot
+from .mix_weight import check_weights, fit_mix_weight, mixture_logprobs, weight_curve
 from .models import load_model, model_id
 from .scoring import gold_logprobs, knn_logprobs
 from .tokenizer_check import check_tokenizers
 from .train_config import DTYPES, resolve_device
 
-__all__ = ["MixtureEval", "evaluate", "gold_logprobs", "knn_logprobs"]
+__all__ = ["MixtureEval", "evaluate", "format_table", "gold_logprobs", "knn_logprobs"]
+
+LEVEL, DRAWS, SEED = 0.95, 2000, 0
 
 
 def evaluate(
@@ -49,6 +46,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "float32",
     compile: bool = False,
+    plot: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Score base, memory and mixture on `corpus`; print a table; return (and write) the numbers.
@@ -59,12 +57,17 @@ def evaluate(
         corpus: the test text. valid: the text the mix weight is fitted on; not `corpus`.
         mix_weight: the paper's alpha, instead of a fit: one per memory, in [0, 1].
         out: JSON file to write.
-        block, stride: tokens a window reads and scores (None: block // 2).
+        block, stride: tokens a window reads and scores, its last ones (None: block // 2). The
+            defaults are the paper's.
         dtype: "float32" or "bfloat16" weights; live models keep theirs.
+        plot: draw the curve beside `out`, as <its stem>-curve.png, where matplotlib is installed.
 
     Returns a dict (the JSON): `base`, `memories`, `mixture`, each with `nats_per_token`,
-    `perplexity` and `bits_per_byte` (the eos tokens count as nats, not as bytes); `mixture` also
-    has `mix_weight`, `gain_nats` over the base with its 95 % block-bootstrap interval, and `curve`.
+    `perplexity` and its 95 % `perplexity_interval`, and `bits_per_byte` (the eos tokens count as
+    nats, not as bytes). `mixture` also has `mix_weight`, `gain_nats` over the base with its
+    `gain_interval`, and `curve`: [total weight, nats per token] with the memories in the
+    proportions of `mix_weight`; where that was fitted, `valid_curve` too. The intervals bootstrap
+    the documents of the corpus, or blocks of tokens if there are fewer than 20: see `interval`.
 
     Raises ValueError when the tokenizers of models and corpora differ, or neither `valid` nor
     `mix_weight` says what weight to use; FileExistsError when `out` exists.
@@ -75,7 +78,8 @@ def evaluate(
     corpus = open_corpus(corpus)
     valid = None if valid is None else open_corpus(valid)
     weights = None if mix_weight is None else check_weights(mix_weight, len(memories))
-    _check_plan(memories, corpus, valid, weights, out, overwrite)
+    plotted = plot_path(Path(out), bool(memories)) if plot and out is not None else None
+    _check_plan(memories, corpus, valid, weights, [out, plotted], overwrite)
     check_tokenizers([base, *memories], [corpus] + ([valid] if valid is not None else []))
     began = time.perf_counter()
     fit_corpora = [valid] if weights is None and memories else []
@@ -89,24 +93,38 @@ def evaluate(
         )
         ids.append(model_id(model))
         del model
-    test = [score[0] for score in scores]
+    columns = [score[0].double() for score in scores]  # of the test corpus, base first
+    mixture: dict[str, Any] = {}
+    if memories:
+        weights, mixture = _chosen_weights(scores, weights, valid)
+        columns.append(mixture_logprobs(columns[0], columns[1:], weights))
+        columns.append(columns[-1] - columns[0])
+    measures, intervals, interval = _measures(columns, corpus)
     report: dict[str, Any] = {
         "corpus": str(corpus.path),
         "rows": corpus.num_rows,
         "block": block,
         "stride": max(1, block // 2) if stride is None else stride,
         "dtype": dtype,
-        "base": {"model": ids[0], **_measures(test[0], corpus)},
+        "interval": interval,
+        "base": {"model": ids[0], **measures[0]},
         "memories": [
-            {"model": name, **_measures(score, corpus)}
-            for name, score in zip(ids[1:], test[1:], strict=True)
+            {"model": name, **part} for name, part in zip(ids[1:], measures[1:], strict=False)
         ],
     }
     if memories:
-        report["mixture"] = _mixture_report(scores, weights, corpus, valid)
+        report["mixture"] = {
+            **measures[-2],
+            **mixture,
+            "gain_nats": float(columns[-1].mean()),
+            "gain_interval": intervals[-1],
+            "curve": weight_curve(columns[0], columns[1:-2], shares=weights),
+        }
     report["seconds"] = time.perf_counter() - began
     if out is not None:
         _write_json(Path(out), report)
+    if plotted is not None:
+        write_plot(report, plotted)
     print(format_table(report))
     return report
 
@@ -154,33 +172,7 @@ class MixtureEval:
         }
 
 
-def format_table(report: dict[str, Any]) -> str:
-    """The report of `evaluate` as text, one model a line."""
-    lines = [f"{report['rows']:,} tokens of {report['corpus']}"]
-    rows = [("base", report["base"])]
-    rows += [(f"memory {i}", part) for i, part in enumerate(report["memories"], 1)]
-    if len(rows) == 2:
-        rows[1] = ("memory", rows[1][1])
-    if "mixture" in report:
-        rows.append(("mixture", report["mixture"]))
-    lines.append(f"{'':10}{'perplexity':>12}{'nats/token':>12}{'bits/byte':>11}")
-    lines += [
-        f"{name:10}{part['perplexity']:12.2f}{part['nats_per_token']:12.4f}"
-        f"{part['bits_per_byte']:11.4f}"
-        for name, part in rows
-    ]
-    if "mixture" in report:
-        mixture = report["mixture"]
-        low, high = mixture["gain_interval"]
-        weights = ", ".join(f"{weight:.3f}" for weight in mixture["mix_weight"])
-        how = "given" if mixture["fitted_on"] is None else f"fitted on {mixture['fitted_on']}"
-        lines.append(f"mix weight {weights} ({how})")
-        gain = f"{mixture['gain_nats']:.4f} nats/token, 95 % [{low:.4f}, {high:.4f}]"
-        lines.append(f"gain over the base {gain}")
-    return "\n".join(lines)
-
-
-def _check_plan(memories, corpus, valid, weights, out, overwrite) -> None:
+def _check_plan(memories, corpus, valid, weights, written, overwrite) -> None:
     """What would otherwise fail only after minutes of scoring."""
     if memories and weights is None and valid is None:
         raise ValueError(
@@ -197,42 +189,55 @@ def _check_plan(memories, corpus, valid, weights, out, overwrite) -> None:
             f"valid: {valid.path} holds the same text as the test corpus {corpus.path}; fit the "
             "mix weight on held-out text, or pass mix_weight"
         )
-    if out is not None and Path(out).exists() and (not overwrite or Path(out).is_dir()):
-        raise FileExistsError(
-            f"out: {out} exists; pass overwrite=True (--overwrite) or another file"
+    for path in [Path(path) for path in written if path is not None]:
+        if path.exists() and (not overwrite or path.is_dir()):
+            raise FileExistsError(
+                f"out: {path} exists; pass overwrite=True (--overwrite) or another file"
+            )
+
+
+def _chosen_weights(scores, weights, valid) -> tuple[tuple[float, ...], dict[str, Any]]:
+    """The weights, and what the report says of them. `scores[model]` is [test] or [test, valid]."""
+    if weights is not None:
+        return weights, {"mix_weight": list(weights), "fitted_on": None}
+    base, *memories = [score[1] for score in scores]
+    fit = fit_mix_weight(base, memories)
+    return fit.weights, {
+        "mix_weight": list(fit.weights),
+        "fitted_on": str(valid.path),
+        "valid_rows": valid.num_rows,
+        "valid_nats_per_token": fit.nats,
+        "fit_iterations": fit.iterations,
+        "fit_gap_nats": fit.gap,
+        "valid_curve": weight_curve(base, memories, shares=fit.weights),
+    }
+
+
+def _measures(
+    columns: list[Tensor], corpus: Corpus
+) -> tuple[list[dict[str, Any]], list[list[float]], dict[str, Any]]:
+    """Of per-token values: measures as of log-probs, intervals of the means, and what these are."""
+    starts, unit = document_starts(corpus.document_offsets, corpus.num_rows), "document"
+    if len(starts) < MIN_UNITS:
+        starts, unit = block_starts(corpus.num_rows), "block"
+    values = torch.stack(columns).numpy()
+    ends = mean_intervals(values, starts, draws=DRAWS, level=LEVEL, seed=SEED).tolist()
+    measures = []
+    for mean, (low, high) in zip(values.mean(axis=1).tolist(), ends, strict=True):
+        measures.append(
+            {
+                "nats_per_token": -mean,
+                "perplexity": _exp(-mean),
+                "perplexity_interval": [_exp(-high), _exp(-low)],
+                "bits_per_byte": -mean * values.shape[1] / math.log(2) / corpus.text_bytes,
+            }
         )
+    how = {"level": LEVEL, "draws": DRAWS, "seed": SEED, "unit": unit, "units": len(starts)}
+    return measures, ends, {**how, "tokens_per_unit": corpus.num_rows / len(starts)}
 
 
-def _measures(logprobs: Tensor, corpus: Corpus) -> dict[str, float]:
-    nats = -float(logprobs.double().mean())
-    return {
-        "nats_per_token": nats,
-        "perplexity": math.exp(nats) if nats < 700 else math.inf,
-        "bits_per_byte": nats * len(logprobs) / math.log(2) / corpus.text_bytes,
-    }
-
-
-def _mixture_report(scores, weights, corpus, valid) -> dict[str, Any]:
-    """`scores[model]` is [test] or [test, valid]; model 0 is the base."""
-    fitted_on = None
-    extra: dict[str, Any] = {}
-    if weights is None:
-        base_valid, *memories_valid = [score[1] for score in scores]
-        fit = fit_mix_weight(base_valid, memories_valid)
-        weights, fitted_on = fit.weights, str(valid.path)
-        extra = {"valid_nats_per_token": fit.nats, "fit_iterations": fit.iterations}
-    base, *memories = [score[0] for score in scores]
-    mixture = mixture_logprobs(base, memories, weights)
-    gain, low, high = paired_interval(mixture - base.double())
-    return {
-        **_measures(mixture, corpus),
-        "mix_weight": list(weights),
-        "fitted_on": fitted_on,
-        **extra,
-        "gain_nats": gain,
-        "gain_interval": [low, high],
-        "curve": weight_curve(base, memories),
-    }
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

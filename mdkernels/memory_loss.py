@@ -49,7 +49,7 @@ class MemoryLoss(nn.Module):
     def forward(self, batch: Batch) -> SparseKLOutput:
         device = batch.input_ids.device
         with torch.autocast(device.type, self.autocast, enabled=self.autocast is not None):
-            with _one_text_per_window():
+            with one_text_per_window():
                 outputs = self._trunk[0](input_ids=batch.input_ids, use_cache=False)
             hidden = batch.select(outputs.last_hidden_state)
             targets = batch.targets
@@ -71,7 +71,7 @@ def _not_packed(position_ids) -> None:
 
 
 @contextmanager
-def _one_text_per_window() -> Iterator[None]:
+def one_text_per_window() -> Iterator[None]:
     """Within the context transformers does not search the positions of a batch for several texts
     packed into a row: reading what it finds waits for the device in every forward."""
     name = "find_packed_sequence_indices"

@@ -1,13 +1,14 @@
 """Gold log-probabilities: what a model, or a datastore, gives the right token at every position.
 
-One fp32 number per row is all that evaluation keeps; logits live one chunk at a time in a reused
-buffer.
+One fp32 number per row is all that evaluation keeps; logits live one chunk of scored rows at a
+time.
 """
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -15,14 +16,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .batches import WindowBatches
+from .batches import Batch, WindowBatches
 from .corpus import Corpus, open_corpus, windows
+from .memory_loss import one_text_per_window
 from .models import lm_head, model_id
 from .ops.knn_targets import knn_targets
+from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.token_logprobs import token_logprobs
 
-# One chunk of logits; larger ones fall out of the last-level cache of a CPU.
-_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+# Of a model whose logits have to be taken whole; one window is taken in any case.
+_LOGITS_BYTES = 512 << 20
+
+# (n,) fp32 of the n scored rows of a batch, whose windows score at most so many rows each.
+_Scorer = Callable[[Batch, int], Tensor]
 
 
 @torch.inference_mode()
@@ -41,7 +47,9 @@ def gold_logprobs(
     """fp32 (stop - start,) on the CPU: log p(token r+1 | its window) for the rows r of a corpus.
 
     Equivalent, for each window of `block` inputs, to `model(input_ids).logits.log_softmax(-1)`
-    gathered at the last `stride` labels. Every row is scored once.
+    gathered at the last `stride` labels. Every row is scored once. A model that changes its logits
+    behind a linear head (Gemma 2 caps them) gives them whole, of the scored positions; all others
+    go through `linear_token_logprobs`.
 
     Args:
         model: a live Hugging Face causal LM; runs on its device, in its dtype.
@@ -52,65 +60,83 @@ def gold_logprobs(
         compile: torch.compile the trunk first; pays from some 10^5 tokens on.
         label: name on the progress bar.
 
-    Raises ValueError when the model cannot score this corpus: context, vocabulary, kind of head.
+    Raises ValueError when the model cannot score this corpus: context, vocabulary, no linear head.
     """
     corpus = open_corpus(corpus)
     stride = max(1, block // 2) if stride is None else stride
-    check_scorable(model, corpus, block)
+    _check_fits(model, corpus, block)
     start, stop = (0, corpus.num_rows) if rows is None else rows
     if not 0 <= start < stop <= corpus.num_rows:
         raise ValueError(f"rows: ({start}, {stop}) is no range within [0, {corpus.num_rows}]")
     spans = np.asarray(windows(corpus.num_rows, block, stride), dtype=np.int64)
     spans = spans[(spans[:, 1] > start) & (spans[:, 0] < stop)]
     data = WindowBatches(corpus.token_ids, spans, block, seed=0)
+    counts = spans[:, 1] - spans[:, 0]
+    if head_is_last(model, corpus):
+        scorer = _head_scorer(model, autocast, compile)
+    else:
+        scorer = _model_scorer(model, autocast, compile)
+        window_bytes = int(counts.max()) * len(lm_head(model).weight) * 4
+        batch_size = max(1, min(batch_size, _LOGITS_BYTES // window_bytes))
 
     device = model.device
-    trunk = torch.compile(model.base_model, dynamic=False) if compile else model.base_model
-    head = _ChunkedHead(lm_head(model), autocast)
+    pin = device.type == "cuda"
     was_training = model.training
     model.eval()
-    pieces = []
+    # On the device: reading each batch's scores would wait for it.
+    scores = torch.empty(int(counts.sum()), dtype=torch.float32, device=device)
+    row = 0
     bar = tqdm(total=stop - start, desc=label, unit="tok", unit_scale=True, disable=None)
-    with bar, unpadded(model):
+    with bar, unpadded(model), one_text_per_window():
         for i in range(0, len(spans), batch_size):
             picked = spans[i : i + batch_size]
-            batch = data.gather(picked, batch_size if compile else len(picked)).to(device)
-            with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-                hidden = trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state
-            pieces.append(head.logprobs(batch.select(hidden), batch.labels).cpu())
-            bar.update(len(pieces[-1]))
+            batch = data.gather(picked, batch_size if compile else len(picked), pin=pin)
+            found = scorer(batch.to(device), int(counts[i : i + batch_size].max()))
+            scores[row : row + len(found)] = found
+            row += len(found)
+            bar.update(len(found))
     model.train(was_training)
     first = int(spans[0, 0])
-    return torch.cat(pieces)[start - first : stop - first]
+    return scores[start - first : stop - first].cpu()
 
 
-class _ChunkedHead:
-    """Gold log-probs from hidden states, through one reused buffer of logits."""
+def _head_scorer(model, autocast: torch.dtype | None, compile: bool) -> _Scorer:
+    """Only scored positions reach the head, and their logits are never all there at once."""
+    trunk = torch.compile(model.base_model, dynamic=False) if compile else model.base_model
+    head, device = lm_head(model), model.device.type
+    dtype = head.weight.dtype if autocast is None else autocast
+    weight = head.weight.detach().to(dtype)  # once, where autocast would do so in every batch
+    bias = None if head.bias is None else head.bias.detach().to(dtype)
 
-    def __init__(self, head: torch.nn.Linear, dtype: torch.dtype | None):
-        dtype = head.weight.dtype if dtype is None else dtype
-        self.weight = head.weight.detach().to(dtype)
-        self.bias = None if head.bias is None else head.bias.detach().to(dtype)
-        bytes_per_row = len(self.weight) * self.weight.element_size()
-        budget = _LOGITS_BYTES.get(self.weight.device.type, 512 << 20)
-        self.chunk = max(16, budget // bytes_per_row)
-        self.buffer: Tensor | None = None
+    def score(batch: Batch, _: int) -> Tensor:
+        with torch.autocast(device, autocast, enabled=autocast is not None):
+            hidden = trunk(input_ids=batch.input_ids, use_cache=False).last_hidden_state
+        rows = batch.select(hidden).to(dtype)
+        return linear_token_logprobs(rows, weight, batch.labels, bias=bias)
 
-    def logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        hidden = hidden.to(self.weight.dtype)
-        out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        size = min(self.chunk, len(labels))
-        if self.buffer is None or len(self.buffer) < size:
-            self.buffer = hidden.new_empty(size, len(self.weight))
-        for i in range(0, len(labels), self.chunk):
-            rows = hidden[i : i + self.chunk]
-            logits = self.buffer[: len(rows)]
-            if self.bias is None:
-                torch.mm(rows, self.weight.T, out=logits)
-            else:
-                torch.addmm(self.bias, rows, self.weight.T, out=logits)
-            out[i : i + len(rows)] = token_logprobs(logits, labels[i : i + len(rows)])
-        return out
+    return score
+
+
+def _model_scorer(model, autocast: torch.dtype | None, compile: bool) -> _Scorer:
+    """The logits of the last positions as the model's own forward gives them."""
+    forward = torch.compile(model, dynamic=False) if compile else model
+    keeps_some = "logits_to_keep" in inspect.signature(model.forward).parameters
+
+    def score(batch: Batch, most: int) -> Tensor:
+        size, length = batch.input_ids.shape
+        options = {"logits_to_keep": most} if keeps_some else {}
+        with torch.autocast(model.device.type, autocast, enabled=autocast is not None):
+            logits = forward(input_ids=batch.input_ids, use_cache=False, **options).logits
+        logits = logits[:, -most:].flatten(0, 1)
+        labels = batch.labels.new_full((len(logits),), -100)
+        at = batch.scored
+        if at is None:
+            at = torch.arange(size * length, device=labels.device)
+        at = at // length * most + at % length - (length - most)
+        labels[at] = batch.labels
+        return token_logprobs(logits, labels)[at]
+
+    return score
 
 
 @contextmanager
@@ -133,6 +159,15 @@ def unpadded(model) -> Iterator[None]:
 
 def check_scorable(model, corpus: Corpus, block: int) -> None:
     """Raise ValueError unless `lm_head(hidden states)` are the model's logits for such windows."""
+    _check_fits(model, corpus, block)
+    if not head_is_last(model, corpus):
+        raise ValueError(
+            f"model {model_id(model)} ({model.config.model_type}) changes its logits after the LM "
+            "head, which a loss through the head alone would miss; use a family that does not"
+        )
+
+
+def _check_fits(model, corpus: Corpus, block: int) -> None:
     name = model_id(model)
     head = lm_head(model)
     if head.weight.shape[0] < corpus.vocab_size:
@@ -147,7 +182,14 @@ def check_scorable(model, corpus: Corpus, block: int) -> None:
             f"block: {block} tokens do not fit the context of model {name}, {context}; use a "
             "smaller block"
         )
-    # Some families scale or cap their logits behind the head; a few tokens show it for any family.
+
+
+def head_is_last(model, corpus: Corpus) -> bool:
+    """Whether `lm_head(hidden states)` are the model's logits.
+
+    Some families scale or cap them behind the head; a few tokens show it for any family.
+    """
+    head = lm_head(model)
     probe = torch.from_numpy(np.array(corpus.token_ids[:8], dtype=np.int64))[None].to(model.device)
     was_training = model.training
     model.eval()
@@ -156,11 +198,7 @@ def check_scorable(model, corpus: Corpus, block: int) -> None:
         hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
         found = head(hidden).float()
     model.train(was_training)
-    if not torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max())):
-        raise ValueError(
-            f"model {name} ({model.config.model_type}) changes its logits after the LM head, which "
-            "scoring through the head alone would miss; use a family that does not"
-        )
+    return torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
 
 
 def knn_logprobs(

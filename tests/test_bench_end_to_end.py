@@ -40,6 +40,20 @@ def test_loader(run):
     assert figures["bytes_of_batch"]["official_dense"] > 4 * figures["bytes_of_batch"]["ours"]
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_evaluate(run, dtype):
+    document = run("evaluate", "--dtype", dtype)
+    starts = ("from logits", "from hidden states", "20 weights")
+    providers = {f"{side}, {start}" for side in ("official", "ours") for start in starts}
+    check_document(document, "evaluate", providers | {"ours, from logits, all scored"})
+    differences = document["figures"]["differences_in_nats"]
+    assert set(differences) == {"from logits", "from hidden states", "curve"}
+    # The chain in fp32 on bf16 inputs is as exact as ours; only the products round.
+    assert differences["from logits"] < 1e-5
+    assert differences["curve"] < 1e-5
+    assert len(document["ratios"]) == 4
+
+
 def test_train_step(run):
     document = run("train_step")
     official = {"official", "official without anomaly mode"}

@@ -9,10 +9,11 @@ import pytest
 import torch
 from pipeline_fixtures import FAMILIES, tiny_documents, tiny_model, tiny_tokenizer
 
+from mdkernels import linear_token_logprobs, token_logprobs
 from mdkernels.corpus import build_corpus
 from mdkernels.evaluate import MixtureEval, evaluate, gold_logprobs, knn_logprobs
 from mdkernels.mix_weight import mixture_logprobs
-from mdkernels.scoring import _ChunkedHead
+from mdkernels.scoring import check_scorable
 
 
 def corpus_of(path, count, seed):
@@ -85,19 +86,6 @@ def test_compiled_and_autocast_trunks(text):
     assert 0 < (low - plain).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("bias", [False, True])
-def test_chunked_head_does_not_depend_on_the_chunk(bias):
-    torch.manual_seed(0)
-    head = torch.nn.Linear(24, 503, bias=bias)
-    hidden, labels = torch.randn(100, 24) * 4, torch.randint(0, 503, (100,))
-    with torch.inference_mode():
-        expected = head(hidden).double().log_softmax(1).gather(1, labels[:, None])[:, 0]
-        for chunk in (1, 7, 100, 1000):
-            chunked = _ChunkedHead(head, None)
-            chunked.chunk = chunk
-            assert (chunked.logprobs(hidden, labels) - expected).abs().max() < 5e-6
-
-
 def test_scoring_leaves_the_model_as_it_was(text):
     model = tiny_model("gpt2").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -136,8 +124,80 @@ def test_evaluate_reports_the_mixture_of_the_test_text(text, tmp_path, capsys):
     assert low <= gain <= high
     assert report["mixture"]["fitted_on"] == str(valid.path)
     assert json.loads(out.read_text()) == report
+    for part in (report["base"], report["memories"][0], report["mixture"]):
+        low, high = part["perplexity_interval"]
+        assert low <= part["perplexity"] <= high
+    for name, (base, memory) in {"curve": scores, "valid_curve": held_out}.items():
+        assert [w for w, _ in report["mixture"][name]] == pytest.approx(np.linspace(0, 1, 21))
+        for w, nats in report["mixture"][name]:
+            mean = -float(((1 - w) * base.exp() + w * memory.exp()).log().mean())
+            assert nats == pytest.approx(mean, abs=1e-6)
+    assert out.with_name("eval-curve.png").read_bytes().startswith(b"\x89PNG")
+    assert {path.name for path in out.parent.iterdir()} == {"eval.json", "eval-curve.png"}
     printed = capsys.readouterr().out
     assert f"{report['mixture']['perplexity']:.2f}" in printed
+    assert "bootstrap of 20 blocks" in printed
+
+
+def test_intervals_are_of_documents_where_there_are_enough(text, tmp_path):
+    corpus = corpus_of(tmp_path / "many", 24, 5)
+    base, memory = tiny_model("gpt2"), tiny_model("llama", seed=1)
+    report = evaluate(base, memory, corpus, mix_weight=0.4, block=32)
+    assert report["interval"]["unit"] == "document"
+    assert report["interval"]["units"] == 24
+    scores = [gold_logprobs(model, corpus, block=32).double() for model in (base, memory)]
+    gain = (mixture_logprobs(scores[0], scores[1:], [0.4]) - scores[0]).numpy()
+    owner = np.repeat(np.arange(24), np.diff(corpus.document_offsets))[1:]  # of each row's token
+    rng = np.random.default_rng(9)
+    documents = [gain[owner == d] for d in range(24)]
+    means = [
+        np.concatenate([documents[d] for d in rng.integers(0, 24, 24)]).mean() for _ in range(2000)
+    ]
+    expected = np.quantile(means, [0.025, 0.975])
+    assert report["mixture"]["gain_interval"] == pytest.approx(
+        expected, abs=0.15 * float(np.diff(expected)[0])
+    )
+
+
+def test_a_plot_is_optional_and_never_overwritten_by_accident(text, tmp_path, monkeypatch):
+    corpus, _ = text
+    given = {"mix_weight": 0.5, "block": 32, "out": tmp_path / "eval.json"}
+    base, memory = tiny_model("gpt2"), tiny_model("llama", seed=1)
+    plot = tmp_path / "eval-curve.png"
+    plot.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"eval-curve\.png exists"):
+        evaluate(base, memory, corpus, **given)
+    evaluate(base, memory, corpus, plot=False, **given)
+    assert plot.read_text() == "precious"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # no matplotlib
+    evaluate(base, memory, corpus, overwrite=True, **given)
+    assert plot.read_text() == "precious"
+
+
+@pytest.mark.parametrize("source", ["logits", "hidden states"])
+def test_bf16_inputs_cost_less_than_1e_5_nats(source):
+    """A chain in bf16 arithmetic is off by 7e-3 on such logits: their large values round by 0.03.
+    The logits of a bf16 product are its result; that of the same product is scored in fp64."""
+    draw = torch.Generator().manual_seed(0)
+    rows, vocab, width = 192, 50257, 64
+    labels = torch.randint(0, vocab, (rows,), generator=draw)
+    found, exact = [], []
+    for _ in range(2):
+        if source == "logits":  # Zipf's law: a long tail with half of the mass
+            rank = torch.stack([torch.randperm(vocab, generator=draw) for _ in range(rows)])
+            logits = (12.0 - (rank + 1.0).log()).bfloat16()
+            found.append(token_logprobs(logits, labels))
+        else:
+            hidden = torch.randn(rows, width, generator=draw).bfloat16()
+            weight = (torch.randn(vocab, width, generator=draw) * 0.4).bfloat16()
+            logits = torch.nn.functional.linear(hidden, weight)
+            found.append(linear_token_logprobs(hidden, weight, labels))
+        exact.append(logits.double().log_softmax(1).gather(1, labels[:, None])[:, 0])
+    nats = -mixture_logprobs(found[0], found[1:], [0.55]).mean()
+    expected = -(0.45 * exact[0].exp() + 0.55 * exact[1].exp()).log().mean()
+    assert abs(float(nats - expected)) < 1e-5
+    for ours, theirs in zip(found, exact, strict=True):
+        assert abs(float((ours - theirs).mean())) < 1e-5
 
 
 def test_base_alone_and_several_memories(text):
@@ -149,7 +209,15 @@ def test_base_alone_and_several_memories(text):
     memories = [tiny_model("llama", seed=1), tiny_model("qwen2", seed=2)]
     both = evaluate(base, memories, corpus, valid=valid, block=32)
     one = evaluate(base, memories[0], corpus, valid=valid, block=32)
-    assert len(both["mixture"]["mix_weight"]) == 2
+    weights = both["mixture"]["mix_weight"]
+    assert len(weights) == 2
+    # The fit lies on the curve, whose points bound it by convexity.
+    curve = both["mixture"]["valid_curve"]
+    assert both["mixture"]["valid_nats_per_token"] <= min(nats for _, nats in curve) + 1e-9
+    scores = [gold_logprobs(m, corpus, block=32) for m in (base, *memories)]
+    ends = [w / sum(weights) for w in weights]
+    expected = -float(mixture_logprobs(scores[0], scores[1:], ends).mean())
+    assert both["mixture"]["curve"][-1][1] == pytest.approx(expected, abs=1e-9)
     assert both["base"] == alone["base"]
     ours = both["mixture"]["valid_nats_per_token"]
     assert ours <= one["mixture"]["valid_nats_per_token"] + 1e-9
@@ -272,7 +340,9 @@ def test_models_that_cannot_score_the_corpus_are_refused(text):
         gold_logprobs(tiny_model("llama", vocab_size=256), corpus, block=32)
 
 
-def test_a_head_with_a_tail_is_noticed(text):
+@pytest.fixture(scope="module")
+def capped():
+    """A model whose logits are capped behind the head, hard enough to matter."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -286,7 +356,41 @@ def test_a_head_with_a_tail_is_noticed(text):
         final_logit_softcapping=2.0,
         max_position_embeddings=64,
     )
-    model = Gemma2ForCausalLM(config)
+    model = Gemma2ForCausalLM(config).eval()
     torch.nn.init.normal_(model.lm_head.weight, std=2.0)
+    return model
+
+
+@pytest.mark.parametrize(("block", "stride"), [(32, 16), (24, 24), (32, 5)])
+def test_logits_changed_behind_the_head_are_scored_as_they_are(
+    text, capped, block, stride, monkeypatch
+):
+    corpus, _ = text
+    expected = naive_logprobs(capped, corpus, block, stride)
+    found = gold_logprobs(capped, corpus, block=block, stride=stride, batch_size=3)
+    assert (found - expected).abs().max() < 3e-6
+    forwards = []
+    monkeypatch.setattr("mdkernels.scoring._LOGITS_BYTES", 2 * block * 320 * 4)
+    with capped.lm_head.register_forward_hook(lambda *a: forwards.append(a[-1].shape)):
+        gold_logprobs(capped, corpus, block=block, stride=stride, batch_size=3)
+    kept = {tuple(shape[:2]) for shape in forwards[2:]}  # two are of the probe
+    assert kept <= {(size, rows) for size in (1, 2) for rows in range(1, block + 1)}
+
+
+def test_a_loss_through_the_head_refuses_such_a_model(text, capped):
     with pytest.raises(ValueError, match=r"gemma2.*changes its logits after the LM head"):
-        gold_logprobs(model, text[0], block=32)
+        check_scorable(capped, text[0], 32)
+
+
+def test_scoring_never_searches_for_packed_texts(text, monkeypatch):
+    """What it found would be read by the host: one wait for the device per forward."""
+    from transformers import masking_utils
+
+    calls = []
+    search = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(
+        masking_utils, "find_packed_sequence_indices", lambda p: calls.append(p) or search(p)
+    )
+    gold_logprobs(tiny_model("llama"), text[0], block=32)
+    assert calls
+    assert all(positions.shape[1] == 8 for positions in calls)  # the probe's only

@@ -12,7 +12,6 @@ from mdkernels.mix_weight import (
     check_weights,
     fit_mix_weight,
     mixture_logprobs,
-    paired_interval,
     weight_curve,
 )
 
@@ -77,26 +76,59 @@ def test_tokens_that_only_one_model_knows_keep_the_weight_inside():
         fit_mix_weight(torch.tensor([-math.inf]), [torch.tensor([-math.inf])])
 
 
-def test_several_memories_reach_the_simplex_optimum():
-    base, *memories = (logprobs(5000, seed, scale) for seed, scale in enumerate((3.0, 2.5, 3.5)))
+def slow_fit(base, memories):
+    """(weights, gap) by expectation maximisation: 10000 passes, in plain numpy."""
+    p = np.exp(np.stack([base.double().numpy(), *[m.double().numpy() for m in memories]]))
+    w = np.full(len(p), 1 / len(p))
+    for _ in range(10_000):
+        gains = (p / (w @ p)).mean(1)
+        w = w * gains
+    return w[1:], math.log(gains.max())
+
+
+@pytest.mark.parametrize("scales", [(3.0, 2.5, 3.5), (3.0, 3.0, 3.0, 3.0), (2.0, 6.0, 2.5)])
+def test_several_memories_reach_the_simplex_optimum(scales):
+    base, *memories = (logprobs(500, seed, scale) for seed, scale in enumerate(scales))
     fit = fit_mix_weight(base, memories)
-    assert fit.gap <= 1e-7
-    grid = np.linspace(0, 1, 41)
-    best = min(
-        -naive(base, memories, (a, b)).mean() for a in grid for b in grid if a + b <= 1 + 1e-9
-    )
-    assert fit.nats <= best + 1e-7
-    alone = fit_mix_weight(base, memories[:1])
-    assert fit.nats <= alone.nats
+    assert fit.gap < 1e-10
+    assert fit.iterations < 15
+    assert min(fit.weights) >= 0.0
+    weights, gap = slow_fit(base, memories)
+    assert fit.nats <= -naive(base, memories, weights).mean() + 1e-10
+    assert fit.nats == pytest.approx(-naive(base, memories, fit.weights).mean(), abs=1e-12)
+    if gap < 1e-9:
+        np.testing.assert_allclose(fit.weights, weights, atol=1e-4)
+    assert fit.nats <= fit_mix_weight(base, memories[:1]).nats
 
 
-def test_expectation_maximisation_agrees_with_newton():
-    base, memory = logprobs(5000, 0), logprobs(5000, 1)
+def test_corners_and_edges_of_the_simplex():
+    base, memory = logprobs(2000, 0), logprobs(2000, 1)
     newton = fit_mix_weight(base, [memory])
-    # A second memory nobody wants leaves the one-memory problem.
-    em = fit_mix_weight(base, [memory, torch.full_like(base, -100.0)])
-    assert em.weights[0] == pytest.approx(newton.weights[0], abs=2e-3)
-    assert em.nats == pytest.approx(newton.nats, abs=1e-6)
+    useless = fit_mix_weight(base, [memory, torch.full_like(base, -100.0)])
+    assert useless.weights == (pytest.approx(newton.weights[0], abs=1e-6), 0.0)
+    assert useless.nats == pytest.approx(newton.nats, abs=1e-10)
+    twins = fit_mix_weight(base, [memory, memory])  # any split of the weight will do
+    assert sum(twins.weights) == pytest.approx(newton.weights[0], abs=1e-6)
+    assert fit_mix_weight(base, [base - 1, base - 2]).weights == (0.0, 0.0)
+    assert fit_mix_weight(base, [base - 1, base + 1]).weights == (0.0, 1.0)
+    memories = [memory.clone(), logprobs(2000, 2)]
+    memories[0][5] = memories[1][5] = base[7] = memories[1][7] = -math.inf
+    alone = fit_mix_weight(base, memories)
+    assert 0.0 < alone.weights[0] < 1.0
+    assert math.isfinite(alone.nats)
+    assert alone.gap < 1e-10
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 5), st.integers(0, 10**6))
+def test_simplex_fit_meets_its_bound(rows, count, seed):
+    base, *memories = (logprobs(rows, seed + i, 1.0 + i) for i in range(count + 1))
+    fit = fit_mix_weight(base, memories)
+    p = np.exp(np.stack([t.double().numpy() for t in (base, *memories)]))
+    weights = np.array([1 - sum(fit.weights), *fit.weights])
+    gains = (p / (weights @ p)).mean(1)
+    assert math.log(gains.max()) < 1e-9  # then no weights are better by more than that
+    assert fit.iterations < 100
 
 
 @settings(max_examples=30, deadline=None)
@@ -116,24 +148,20 @@ def test_curve_ends_at_the_single_models():
     assert curve[-1][1] == pytest.approx(-float(memory.double().mean()))
 
 
-def test_interval_covers_the_mean_at_its_level():
-    rng = np.random.default_rng(0)
-    covered = 0
-    for trial in range(200):
-        sample = torch.from_numpy(rng.normal(0.3, 1.0, 2000))
-        mean, low, high = paired_interval(sample, block=50, draws=300, seed=trial)
-        assert low < mean < high
-        covered += low <= 0.3 <= high
-    assert 0.88 <= covered / 200 <= 0.99
+@pytest.mark.parametrize("shares", [None, (0.2, 0.6), (0.0, 0.0)])
+def test_curve_is_the_mixture_at_every_weight(shares):
+    base, *memories = (logprobs(300, seed) for seed in range(3))
+    base[0], memories[0][1], memories[1][1] = -2000.0, -3000.0, -4000.0
+    parts = (0.25, 0.75) if shares == (0.2, 0.6) else (0.5, 0.5)
+    for weight, nats in weight_curve(base, memories, shares=shares):
+        expected = -mixture_logprobs(base, memories, [weight * part for part in parts]).mean()
+        assert nats == pytest.approx(float(expected), rel=1e-12)
 
 
-def test_interval_repeats_with_its_seed_and_takes_any_length():
-    values = logprobs(1003, 0)
-    assert paired_interval(values, seed=1) == paired_interval(values, seed=1)
-    assert paired_interval(values, seed=1) != paired_interval(values, seed=2)
-    assert paired_interval(torch.tensor([0.5])) == (0.5, 0.5, 0.5)
-    with pytest.raises(ValueError, match="no token"):
-        paired_interval(torch.empty(0))
+def test_a_token_nobody_knows_makes_the_whole_curve_infinite():
+    base, memory = logprobs(30, 0), logprobs(30, 1)
+    base[4] = memory[4] = -math.inf
+    assert {nats for _, nats in weight_curve(base, [memory], points=5)} == {math.inf}
 
 
 @pytest.mark.parametrize(

@@ -214,6 +214,7 @@ class Demo:
         def make(path: Path) -> str:
             options = {"block": self.recipe.context, "stride": self.recipe.context}
             options |= {"valid": self.corpora["valid"], "out": path, "overwrite": True}
+            options["plot"] = False  # quality.png has the curve
             with redirect_stdout(
                 io.StringIO()
             ):  # it prints a table, and there will be a fuller one

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..bootstrap import paired_interval
 from ..corpus import Corpus
-from ..mix_weight import fit_mix_weight, mixture_logprobs, paired_interval, weight_curve
+from ..mix_weight import fit_mix_weight, mixture_logprobs, weight_curve
 from ..scoring import gold_logprobs
 from .recipe import Machine, Recipe
 
