@@ -126,6 +126,8 @@ def test_large_vocabularies_take_uint32(tmp_path):
     [
         ("a.txt", b"", "corpus is empty"),
         ("a.txt", b"\n\n<|endoftext|>\n", "corpus is empty"),
+        ("a.txt", " \n<|endoftext|>\n\t\u00a0 \n".encode(), r"nothing but white space in .*a\.txt"),
+        ("a.jsonl", b'{"text": "  "}\n{"text": ""}\n{"text": "\\n"}', "nothing but white space"),
         ("a.txt", b"abc \xff\xfe", r"a\.txt' is not UTF-8"),
         ("a.txt.xz", b"abc", r"a\.txt\.xz' is damaged or not compressed"),
         ("a.txt.xz", lzma.compress(b"word " * 999)[:-30], "is damaged"),
@@ -143,6 +145,11 @@ def test_unreadable_input_is_named(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message):
         build_corpus(tmp_path / name, tiny_tokenizer(), tmp_path / "c")
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_white_space_beside_text_is_kept(tmp_path):
+    corpus = build_corpus([" \n", "a b"], tiny_tokenizer(), tmp_path / "c", as_text=True)
+    assert len(corpus.document_offsets) == 3
 
 
 def test_inputs_that_are_no_paths(tmp_path):
