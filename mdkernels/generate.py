@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .decode import decode
+from .generate_checks import check_options
 from .mixture import MemoryMixture
 from .models import load_tokenizer
-from .train_config import DTYPES, resolve_device
+from .train_config import DTYPES
 
 
 def generate(
@@ -40,7 +41,7 @@ def generate(
 
     Args:
         base, memory: directories, hub ids or live models with one tokenizer; `memory` may be a
-        list.
+            list, or None with a saved mixture as `base`.
         prompts: one text or several, decoded as one batch. The text is tokenised without special
             tokens, as the corpus was.
         tokenizer: None: that of `base`, which must then be a directory or hub id.
@@ -50,8 +51,10 @@ def generate(
         stream: where to write the text while it is made (one prompt only), for example sys.stdout.
         dtype: "float32" or "bfloat16" weights; live models keep theirs.
 
-    Texts end before the eos token. Raises ValueError for an empty prompt, naming it, and as
-    `MemoryMixture` and `decode` do.
+    Texts end before the eos token. Raises ValueError before loading a model or writing to `stream`:
+    for an empty prompt, naming it, for one that with `max_new_tokens` exceeds a context, for values
+    that `MemoryMixture` and `decode` refuse, and for top_k, top_p and min_p at temperature 0, which
+    would ignore them.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if tokenizer is None and isinstance(base, torch.nn.Module):
@@ -65,13 +68,29 @@ def generate(
             raise ValueError(f"prompts: {text!r} is empty; a model continues at least one token")
     if stream is not None and len(texts) > 1:
         raise ValueError(f"stream: shows one prompt, got {len(texts)}; generate them one by one")
+    memories = list(memory) if isinstance(memory, (list, tuple)) else [memory]
+    place = check_options(
+        [base, *[one for one in memories if one is not None]],
+        mix_weight=mix_weight,
+        memory_temperature=memory_temperature,
+        prompt_tokens=max(map(len, encoded)),
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        seed=seed,
+        draft_tokens=draft_tokens,
+        device=device,
+        dtype=dtype,
+    )
 
     mixture = MemoryMixture.from_pretrained(
         base,
         memory,
         mix_weight=mix_weight,
         memory_temperature=memory_temperature,
-        device=resolve_device(device),
+        device=place,
         dtype=DTYPES[dtype],
     )
     models = {"mixture": mixture}
@@ -82,8 +101,7 @@ def generate(
     for name, model in models.items():
         printer = None
         if stream is not None:
-            stream.write(f"--- {name}\n{texts[0]}")
-            printer = _Printer(tokenizer, encoded[0], stream)
+            printer = _Printer(tokenizer, encoded[0], stream, f"--- {name}\n{texts[0]}")
         tokens = decode(
             model,
             input_ids,
@@ -107,10 +125,20 @@ def generate(
 
 
 class _Printer:
-    """Writes text as tokens arrive, holding back bytes that are not yet a whole character."""
+    """Writes text as tokens arrive, holding back bytes that are not yet a whole character.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stream: TextIO):
+    `heading` comes with the first token: what is refused before that leaves no half-written page.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: list[int],
+        stream: TextIO,
+        heading: str,
+    ):
         self.tokenizer, self.prompt_ids, self.stream = tokenizer, prompt_ids, stream
+        self.heading = heading
         self.ids: list[int] = []
         self.shown = 0
 
@@ -121,7 +149,8 @@ class _Printer:
             self._write(text)
 
     def _write(self, text: str) -> None:
-        self.stream.write(text[self.shown :])
+        self.stream.write(self.heading + text[self.shown :])
+        self.heading = ""
         self.stream.flush()
         self.shown = len(text)
 

@@ -17,8 +17,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -53,6 +55,13 @@ def load_model(
         return name.to(device).eval()
     load = AutoModelForCausalLM.from_pretrained
     return _load("model", load, name, dtype=dtype, **options).to(device).eval()
+
+
+def load_config(name: str | os.PathLike | PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of a local directory, hub id or live model, without any weights."""
+    if isinstance(name, PreTrainedModel):
+        return name.config
+    return _load("model", AutoConfig.from_pretrained, name)
 
 
 def load_tokenizer(

@@ -243,4 +243,49 @@ def test_prompts_that_cannot_be_continued(checkpoints, tmp_path):
         generate(tiny_model("llama"), checkpoints[1], "the")
     other = save_tiny_checkpoint(tmp_path / "other", "gpt2", vocab_size=330)
     with pytest.raises(ValueError, match="tokenizers differ"):
-        generate(checkpoints[0], other, "the")
+        generate(checkpoints[0], other, "the", max_new_tokens=8)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "top_p must be"),
+        ({"top_k": 5}, r"top_k: got 5, but temperature 0 is greedy decoding.* ignore"),
+        ({"top_p": 0.9}, "top_p: got 0.9, but temperature 0"),
+        ({"min_p": 0.1}, "min_p: got 0.1, but temperature 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer >= 1"),
+        ({"max_new_tokens": 64}, r"prompt tokens and 64 new ones do not fit .*, 64"),
+        ({"mix_weight": 1.5}, r"mix_weight must be in \[0, 1\]"),
+        ({"mix_weight": [0.5, 0.5]}, r"2 weight\(s\) for 1"),
+        ({"memory_temperature": 0.0}, "memory_temperature must be > 0"),
+        ({"draft_tokens": -1}, "draft_tokens must be"),
+        ({"draft_tokens": 2, "memory": []}, "without a memory nothing could draft"),
+        ({"device": "nowhere"}, "device 'nowhere'"),
+        ({"dtype": "float8"}, "dtype: expected one of float32, bfloat16, got 'float8'"),
+        ({"seed": 1.5}, "seed: expected an integer"),
+    ],
+)
+def test_bad_options_are_refused_before_a_model_is_loaded(
+    checkpoints, changes, message, monkeypatch
+):
+    """And before anything is printed."""
+    monkeypatch.setattr(
+        MemoryMixture, "from_pretrained", lambda *a, **k: pytest.fail("loaded a model")
+    )
+    stream = io.StringIO()
+    arguments = {"memory": checkpoints[1], "side_by_side": True, "stream": stream, **changes}
+    with pytest.raises(ValueError, match=message):
+        generate(checkpoints[0], prompts=PROMPTS[1], **arguments)
+    assert stream.getvalue() == ""
+
+
+def test_what_only_decoding_can_refuse_is_refused_before_printing(checkpoints, monkeypatch):
+    def refuse(*_, **__):
+        raise ValueError("no")
+
+    monkeypatch.setattr("mdkernels.generate.decode", refuse)
+    stream = io.StringIO()
+    with pytest.raises(ValueError, match="no"):
+        generate(*checkpoints, PROMPTS[1], side_by_side=True, stream=stream)
+    assert stream.getvalue() == ""

@@ -1,0 +1,93 @@
+"""What `generate` and `chat` refuse before they load a model or print a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .decode import _check_sampling
+from .mix_weight import check_weights
+from .mixture_cache import MixtureCache
+from .mixture_config import MemoryMixtureConfig, check_temperature, context_length
+from .models import load_config, model_id
+from .train_config import DTYPES, resolve_device
+
+
+def check_options(
+    sources: list[Any],
+    *,
+    mix_weight: Any,
+    memory_temperature: float,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    draft_tokens: int | str,
+    device: str,
+    dtype: str,
+) -> torch.device:
+    """Raise ValueError for what decoding `prompt_tokens` tokens would refuse or ignore.
+
+    Args:
+        sources: base, then memories: directories, hub ids or live models; only their
+            configurations are read.
+        The others: see `generate`.
+
+    Returns the device that `device` stands for.
+    """
+    named = [pair for source in sources for pair in _configs(source)]
+    configs = [config for _, config in named]
+    if len(configs) > 1:
+        check_weights(mix_weight, len(configs) - 1)
+    check_temperature(memory_temperature)
+    _check_sampling(temperature, top_k, top_p, min_p)
+    if temperature == 0.0:
+        for name, value, whole in (("top_k", top_k, 0), ("top_p", top_p, 1), ("min_p", min_p, 0)):
+            if value != whole:
+                raise ValueError(
+                    f"{name}: got {value}, but temperature 0 is greedy decoding, which would "
+                    f"ignore it; give a temperature (--temperature), or leave out {name}"
+                )
+    if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer >= 1, got {max_new_tokens!r}")
+    if not isinstance(seed, int):
+        raise ValueError(f"seed: expected an integer, got {seed!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    place = resolve_device(device)
+    _check_drafts(draft_tokens, configs)
+    for name, config in named:
+        context = context_length(config)
+        # The last new token is never read.
+        if context is not None and prompt_tokens + max_new_tokens - 1 > context:
+            raise ValueError(
+                f"prompts: {prompt_tokens} prompt tokens and {max_new_tokens} new ones do not fit "
+                f"the context of {name}, {context}; shorten the prompt or lower max_new_tokens"
+            )
+    return place
+
+
+def _configs(source: Any) -> list[tuple[str, Any]]:
+    """(name, configuration) of a model, or of each model of a saved mixture."""
+    name = model_id(source) if isinstance(source, torch.nn.Module) else str(source)
+    config = load_config(source)
+    parts = config.models if isinstance(config, MemoryMixtureConfig) else [config]
+    return [(name, part) for part in parts]
+
+
+def _check_drafts(drafts: int | str, configs: list[Any]) -> None:
+    if drafts != "auto" and (type(drafts) is not int or drafts < 0):
+        raise ValueError(
+            f'draft_tokens must be "auto" or an integer >= 0 (0: no drafts), got {drafts!r}'
+        )
+    if drafts and len(configs) == 1:
+        raise ValueError(f"draft_tokens: got {drafts!r}, but without a memory nothing could draft")
+    if drafts and any(MixtureCache.of(configs, None).is_sliding):
+        raise ValueError(
+            f"draft_tokens: got {drafts!r} with a model that attends in a sliding window, whose "
+            "cache cannot go back; pass 0"
+        )
