@@ -84,6 +84,12 @@ def generate(*, prompt: list[str], quiet: bool = False, **settings: Any) -> str 
     return "\n".join(parts)
 
 
+def chat(**settings: Any) -> None:
+    from .chat import chat as run
+
+    run(settings.pop("base"), settings.pop("memory"), **settings)
+
+
 def demo(**settings: Any) -> None:
     from .demo import run
 

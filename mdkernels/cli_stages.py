@@ -312,6 +312,25 @@ GENERATE = Stage(
     ),
 )
 
+CHAT = Stage(
+    "chat",
+    "talk with the mixture, line by line, until Ctrl-D",
+    "chat",
+    "mdkernels.chat:chat",
+    "mdkernels chat --base Qwen/Qwen2.5-1.5B-Instruct --memory run/memory --temperature 0.7",
+    (
+        _model("base", "base model, one with a chat template for questions", required=True),
+        _model("memory", "memory model, or several", many=True, required=True),
+        _model("tokenizer", "tokenizer, if the base directory has none"),
+        _number("mix_weight", "share of each memory, 0..1", 0.5, many=True),
+        _count("max_new_tokens", "tokens of a reply at most", 128),
+        _number("temperature", "of sampling; 0: greedy", 0.0),
+        _count("seed", "seed of sampling", 0),
+        _DEVICE,
+        _DTYPE,
+    ),
+)
+
 DEMO = Stage(
     "demo",
     "run the whole method on the docstrings of the installed packages",
@@ -341,6 +360,7 @@ STAGES = (
     TRAIN,
     EVALUATE,
     GENERATE,
+    CHAT,
     DEMO,
     DOCTOR,
 )

@@ -18,17 +18,17 @@ def check_options(
     sources: list[Any],
     *,
     mix_weight: Any,
-    memory_temperature: float,
-    prompt_tokens: int,
     max_new_tokens: int,
     temperature: float,
-    top_k: int,
-    top_p: float,
-    min_p: float,
     seed: int,
-    draft_tokens: int | str,
     device: str,
     dtype: str,
+    memory_temperature: float = 1.0,
+    prompt_tokens: int = 1,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    draft_tokens: int | str = 0,
 ) -> torch.device:
     """Raise ValueError for what decoding `prompt_tokens` tokens would refuse or ignore.
 
