@@ -144,9 +144,10 @@ def build_corpus(
             writer.array("document_offsets", "int64"),
         )
         offsets.append(np.zeros(1, np.int64))
-        text_bytes = 0
+        text_bytes, some_text = 0, False
         with tqdm(desc="corpus", unit="B", unit_scale=True, disable=None) as progress:
             for batch in _batches(documents):
+                some_text = some_text or any(not document.isspace() for document in batch)
                 pieces = [ids for ids in encode(batch) if len(ids)]
                 if not pieces:
                     continue
@@ -162,7 +163,7 @@ def build_corpus(
                 size = sum(len(document.encode()) for document in batch)
                 text_bytes += size
                 progress.update(size)
-        if token_ids.rows < 2:
+        if token_ids.rows < 2 or not some_text:
             shown = "the documents given" if sources is None else ", ".join(sources)
             raise ValueError(f"inputs: the corpus is empty, no text was found in {shown}")
         return Corpus(writer.commit(text_bytes=text_bytes))

@@ -126,6 +126,7 @@ def test_large_vocabularies_take_uint32(tmp_path):
     [
         ("a.txt", b"", "corpus is empty"),
         ("a.txt", b"\n\n<|endoftext|>\n", "corpus is empty"),
+        ("a.jsonl", b'{"text": " \\n \\t "}', "corpus is empty"),
         ("a.txt", b"abc \xff\xfe", r"a\.txt' is not UTF-8"),
         ("a.txt.xz", b"abc", r"a\.txt\.xz' is damaged or not compressed"),
         ("a.txt.xz", lzma.compress(b"word " * 999)[:-30], "is damaged"),
