@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .decode import decode
+from .decode import check_sampling, decode
 from .mixture import MemoryMixture
 from .models import load_tokenizer
 from .train_config import DTYPES, resolve_device
@@ -65,6 +65,7 @@ def generate(
             raise ValueError(f"prompts: {text!r} is empty; a model continues at least one token")
     if stream is not None and len(texts) > 1:
         raise ValueError(f"stream: shows one prompt, got {len(texts)}; generate them one by one")
+    check_sampling(temperature, top_k, top_p, min_p)  # before models are loaded
 
     mixture = MemoryMixture.from_pretrained(
         base,
@@ -82,8 +83,7 @@ def generate(
     for name, model in models.items():
         printer = None
         if stream is not None:
-            stream.write(f"--- {name}\n{texts[0]}")
-            printer = _Printer(tokenizer, encoded[0], stream)
+            printer = _Printer(tokenizer, encoded[0], stream, f"--- {name}\n{texts[0]}")
         tokens = decode(
             model,
             input_ids,
@@ -107,10 +107,20 @@ def generate(
 
 
 class _Printer:
-    """Writes text as tokens arrive, holding back bytes that are not yet a whole character."""
+    """Writes text as tokens arrive, holding back bytes that are not yet a whole character.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], stream: TextIO):
+    `header` comes before the first of them: a refused option leaves nothing on the stream.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        prompt_ids: list[int],
+        stream: TextIO,
+        header: str,
+    ):
         self.tokenizer, self.prompt_ids, self.stream = tokenizer, prompt_ids, stream
+        self.header = header
         self.ids: list[int] = []
         self.shown = 0
 
@@ -121,7 +131,8 @@ class _Printer:
             self._write(text)
 
     def _write(self, text: str) -> None:
-        self.stream.write(text[self.shown :])
+        self.stream.write(self.header + text[self.shown :])
+        self.header = ""
         self.stream.flush()
         self.shown = len(text)
 
