@@ -144,9 +144,10 @@ def build_corpus(
             writer.array("document_offsets", "int64"),
         )
         offsets.append(np.zeros(1, np.int64))
-        text_bytes, has_text = 0, False
+        text_bytes, some_text = 0, False
         with tqdm(desc="corpus", unit="B", unit_scale=True, disable=None) as progress:
             for batch in _batches(documents):
+                some_text = some_text or any(document.strip() for document in batch)
                 pieces = [ids for ids in encode(batch) if len(ids)]
                 if not pieces:
                     continue
@@ -161,15 +162,10 @@ def build_corpus(
                 token_ids.append(joined.astype(dtype))
                 size = sum(len(document.encode()) for document in batch)
                 text_bytes += size
-                has_text = has_text or any(d and not d.isspace() for d in batch)
                 progress.update(size)
-        shown = "the documents given" if sources is None else ", ".join(sources)
-        if token_ids.rows < 2:
+        if token_ids.rows < 2 or not some_text:
+            shown = "the documents given" if sources is None else ", ".join(sources)
             raise ValueError(f"inputs: the corpus is empty, no text was found in {shown}")
-        if not has_text:
-            raise ValueError(
-                f"inputs: there is nothing but white space in {shown}; give files with text"
-            )
         return Corpus(writer.commit(text_bytes=text_bytes))
 
 

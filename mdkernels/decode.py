@@ -58,7 +58,7 @@ def decode(
     for an empty prompt, right padding, or a prompt that with max_new_tokens exceeds a context.
     """
     mask = _check(mixture, input_ids, attention_mask, max_new_tokens)
-    sampling = _check_sampling(temperature, top_k, top_p, min_p)
+    sampling = check_sampling(temperature, top_k, top_p, min_p)
     request = Request(
         mixture=mixture,
         input_ids=input_ids,
@@ -153,7 +153,7 @@ def _check(
     return None if bool(mask.all()) else mask
 
 
-def _check_sampling(temperature, top_k, top_p, min_p) -> dict | None:
+def check_sampling(temperature, top_k, top_p, min_p) -> dict | None:
     """Arguments of `mix_sample`, or None for greedy decoding."""
     if not temperature >= 0.0:
         raise ValueError(f"temperature must be >= 0, got {temperature}")

@@ -99,12 +99,12 @@ def _plain(request: Request) -> Decoded:
     return Decoded(sequences, request.cache, stats)
 
 
-def start(request: Request, margin: int = 0) -> tuple[Rows, Slots, Picker]:
+def start(request: Request) -> tuple[Rows, Slots, Picker]:
     """Read the prompt and pick the first token. No logits but the last position's are computed."""
     past = int(request.cache.get_seq_length())
     fresh = request.input_ids[:, request.input_ids.shape[1] - request.fresh :]
     held = past + request.fresh
-    slots = Slots(request, held + request.max_new_tokens + margin)
+    slots = Slots(request, held + request.max_new_tokens)
     if request.mask is None:
         positions = torch.arange(past, held, device=fresh.device)[None]
     else:

@@ -127,7 +127,7 @@ def generate(
 class _Printer:
     """Writes text as tokens arrive, holding back bytes that are not yet a whole character.
 
-    `heading` comes with the first token: what is refused before that leaves no half-written page.
+    `header` comes before the first of them: a refused option leaves nothing on the stream.
     """
 
     def __init__(
@@ -135,10 +135,10 @@ class _Printer:
         tokenizer: PreTrainedTokenizerBase,
         prompt_ids: list[int],
         stream: TextIO,
-        heading: str,
+        header: str,
     ):
         self.tokenizer, self.prompt_ids, self.stream = tokenizer, prompt_ids, stream
-        self.heading = heading
+        self.header = header
         self.ids: list[int] = []
         self.shown = 0
 
@@ -149,8 +149,8 @@ class _Printer:
             self._write(text)
 
     def _write(self, text: str) -> None:
-        self.stream.write(self.heading + text[self.shown :])
-        self.heading = ""
+        self.stream.write(self.header + text[self.shown :])
+        self.header = ""
         self.stream.flush()
         self.shown = len(text)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .decode import _check_sampling
+from .decode import check_sampling
 from .mix_weight import check_weights
 from .mixture_cache import MixtureCache
 from .mixture_config import MemoryMixtureConfig, check_temperature, context_length
@@ -44,7 +44,7 @@ def check_options(
     if len(configs) > 1:
         check_weights(mix_weight, len(configs) - 1)
     check_temperature(memory_temperature)
-    _check_sampling(temperature, top_k, top_p, min_p)
+    check_sampling(temperature, top_k, top_p, min_p)
     if temperature == 0.0:
         for name, value, whole in (("top_k", top_k, 0), ("top_p", top_p, 1), ("min_p", min_p, 0)):
             if value != whole:

@@ -136,7 +136,8 @@ def test_evaluate_reports_the_mixture_of_the_test_text(text, tmp_path, capsys):
     assert {path.name for path in out.parent.iterdir()} == {"eval.json", "eval-curve.png"}
     printed = capsys.readouterr().out
     assert f"{report['mixture']['perplexity']:.2f}" in printed
-    assert "bootstrap of 20 blocks" in printed
+    assert report["interval"]["units"] == 21  # 838 tokens, 41 to a block
+    assert "bootstrap of 21 blocks" in printed
 
 
 def test_intervals_are_of_documents_where_there_are_enough(text, tmp_path):

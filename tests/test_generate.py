@@ -237,6 +237,11 @@ def test_prompts_that_cannot_be_continued(checkpoints, tmp_path):
         generate(*checkpoints, ["the", ""])
     with pytest.raises(ValueError, match="prompts: got none"):
         generate(*checkpoints, [])
+    for wrong in ({"temperature": -1.0}, {"max_new_tokens": 0}, {"draft_tokens": -1}):
+        stream = io.StringIO()
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            generate(*checkpoints, "a", stream=stream, **{"max_new_tokens": 5, **wrong})
+        assert stream.getvalue() == ""
     with pytest.raises(ValueError, match="stream: shows one prompt, got 2"):
         generate(*checkpoints, ["a", "b"], stream=io.StringIO())
     with pytest.raises(ValueError, match="tokenizer: needed with a live base"):

@@ -22,13 +22,21 @@ def plain(mixture, rows, new=NEW, **options):
     return [decoded(mixture, torch.tensor([row]), new=new, **options).sequences[0] for row in rows]
 
 
-@pytest.mark.parametrize("draft", [1, 4, "auto"])
-@pytest.mark.parametrize("families", [*PAIRS, ("llama", "gpt2", "qwen2")], ids="-".join)
+@pytest.mark.parametrize(
+    ("families", "draft"),
+    [
+        *((pair, 4) for pair in PAIRS),
+        (("llama", "gpt2"), 1),
+        (("llama", "gpt2"), "auto"),
+        (("llama", "gpt2", "qwen2"), 3),
+    ],
+    ids=str,
+)
 def test_greedy_tokens_are_those_without_drafts(families, draft):
-    """Twelve ragged rows that accept different numbers of tokens; one row alone; fp64."""
+    """Eight ragged rows that accept different numbers of tokens; one row alone; fp64."""
     weight = 0.6 if len(families) == 2 else (0.2, 0.5)
     mixture = double_mixture(*families, weight=weight)
-    rows = prompts(6) + prompts(6, seed=1)
+    rows = prompts(4) + prompts(4, seed=1)
     want = plain(mixture, rows)
     ids, mask = left_padded(rows)
     found = decoded(mixture, ids, mask, new=NEW, draft=draft)
@@ -71,7 +79,7 @@ def test_a_row_ends_at_eos_inside_an_accepted_run(rows):
     mixture = double_mixture("llama", "gpt2")
     free = [row[-NEW:].tolist() for row in plain(mixture, rows)]
     ids, mask = left_padded(rows)
-    for place in range(1, NEW, 3):
+    for place in range(1, NEW, 6):
         eos = free[0][place]
         found = decoded(mixture, ids, mask, new=NEW, draft=6, eos=(eos, 319))
         ends = [next((i + 1 for i, t in enumerate(new) if t in (eos, 319)), NEW) for new in free]
@@ -114,8 +122,10 @@ FILTERS = {
 }
 
 
-@pytest.mark.parametrize("draft", [1, 2, "auto"])
-@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize(
+    ("filters", "draft"),
+    [("whole", 1), ("whole", 2), ("whole", "auto"), ("cold", 2), ("filtered", 1), ("filtered", 2)],
+)
 def test_sampling_is_lossless(filters, draft, monkeypatch):
     """The joint distribution of three tokens against its enumeration: 125 cells, 12000 rows.
     Three tokens are one pass of two drafts, or passes that end in a rejection at either place.
@@ -160,7 +170,7 @@ def test_a_row_draws_the_same_tokens_in_any_batch():
     assert len({tuple(row[-NEW:].tolist()) for row in batch}) == 5
 
 
-@pytest.mark.parametrize("draft", [1, 3, 6])
+@pytest.mark.parametrize("draft", [1, 6])
 def test_tokens_per_base_pass_follow_the_formula(draft):
     """Models whose distributions do not depend on the text, so that acceptance is the same at every
     place: 1 - (1 - w) TV(p, q)."""
@@ -170,7 +180,7 @@ def test_tokens_per_base_pass_follow_the_formula(draft):
     p, q = logits.softmax(1)
     a = float(1 - 0.4 * (p - q).abs().sum() / 2)
     assert 0.7 < a < 0.9
-    rows, new = 64, 141
+    rows, new = 64, 101
     seeds = torch.arange(rows) + 1000
     prompt = torch.zeros(rows, 1, dtype=torch.int64)
     found = decoded(mixture, prompt, new=new, draft=draft, seeds=seeds)

@@ -1,5 +1,7 @@
 """The gradient of the weight, summed over chunks of rows in fp32."""
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -49,22 +51,24 @@ class WeightGradient:
                 torch.mm(left, hidden, out=total)
             else:
                 total.addmm_(left, hidden)
-        elif total.device.type == "cuda":
-            if self.empty:
-                torch.mm(left, hidden, out_dtype=total.dtype, out=total)
-            else:
-                torch.addmm(total, left, hidden, out_dtype=total.dtype, out=total)
+        elif total.device.type == "cuda" and self.empty:
+            torch.mm(left, hidden, out_dtype=total.dtype, out=total)
+        elif total.device.type == "cuda" and _adds_wide(left.dtype, left.device):
+            torch.addmm(total, left, hidden, out_dtype=total.dtype, out=total)
         else:
             self._add_products(total, left, hidden)
 
     def _add_products(self, total: Tensor, left: Tensor, hidden: Tensor) -> None:
-        """Where a product of 16-bit matrices comes in 16 bits only."""
+        """Where torch adds no product of 16-bit matrices to fp32 ones. A CPU has the products in
+        16 bits only."""
+        wide = {"out_dtype": total.dtype} if total.device.type == "cuda" else {}
         if self.product is None:
-            self.product = hidden.new_empty(min(PRODUCT_ROWS, len(total)), hidden.shape[1])
+            shape = min(PRODUCT_ROWS, len(total)), hidden.shape[1]
+            self.product = hidden.new_empty(shape, dtype=wide.get("out_dtype"))
         for start in range(0, len(total), PRODUCT_ROWS):
             part = total[start : start + PRODUCT_ROWS]
             product = self.product[: len(part)]
-            torch.mm(left[start : start + PRODUCT_ROWS], hidden, out=product)
+            torch.mm(left[start : start + PRODUCT_ROWS], hidden, **wide, out=product)
             if self.empty:
                 part.copy_(product)
             else:
@@ -84,3 +88,15 @@ class WeightGradient:
             result[stop - len(block) : stop] = block
             stop -= len(block)
         return result
+
+
+@functools.cache
+def _adds_wide(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch.addmm takes fp32 beside 16-bit factors: older ones want one dtype of all."""
+    total = torch.zeros(16, 16, device=device)
+    factor = torch.zeros(16, 16, device=device, dtype=dtype)
+    try:
+        torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except RuntimeError:
+        return False
+    return True
