@@ -3,7 +3,8 @@
 A batch is `--windows` windows of 1024 tokens of which 512 are scored, V = 50257; hidden states are
 those of GPT-2 XL and GPT-2 in width. Two starting points, equal for both sides: the logits of both
 models at all positions, and their last hidden states, which adds the LM heads (theirs on all
-positions, ours on the scored ones). The trunks are left out: they are the same.
+positions, ours on the scored ones). The trunks are left out: they are the same. From hidden states
+the heads' products are most of the time on both sides, which leaves less to save.
 
 Their chain is rebuilt from a description: shifted contiguous copies of both models' logits, two
 log-softmaxes, two additions of a log weight and a logaddexp, each over all N positions and the
@@ -173,14 +174,14 @@ def main() -> None:
     ratios = {f"{over} / {under}": sampler.ratio(over, under) for over, under in pairs}
     ms = sampler.ms()
     passes = ms["ours, 20 weights"]["median"] / ms["ours, from logits"]["median"]
-    speedup = ratios["official, from logits / ours, from logits"]["median"]
-    goals = [
-        end_to_end.goal("mix NLL from logits 8x the official chain", speedup, speedup >= 8.0),
-        end_to_end.goal("the curve costs about one pass (< 1.5)", passes, passes < 1.5),
-    ]
-    share = _share(peaks)
-    if share is not None:
-        goals.append(end_to_end.goal("memory 1/50 of the chain's", share, share <= 1 / 50))
+    goals = [end_to_end.goal("the curve costs about one pass (< 1.5)", passes, passes < 1.5)]
+    for start in ("from logits", "from hidden states"):
+        speedup = ratios[f"official, {start} / ours, {start}"]["median"]
+        goals.append(end_to_end.goal(f"mix NLL {start} 8x the chain", speedup, speedup >= 8.0))
+        share = _share(peaks, start)
+        if share is not None:
+            name = f"memory {start} 1/50 of the chain's"
+            goals.append(end_to_end.goal(name, share, share <= 1 / 50))
     end_to_end.write(
         args,
         "evaluate",
@@ -192,8 +193,8 @@ def main() -> None:
     )
 
 
-def _share(peaks: dict[str, int | None]) -> float | None:
-    ours, official = peaks["ours, from logits"], peaks["official, from logits"]
+def _share(peaks: dict[str, int | None], start: str) -> float | None:
+    ours, official = peaks[f"ours, {start}"], peaks[f"official, {start}"]
     return None if ours is None or not official else ours / official
 
 

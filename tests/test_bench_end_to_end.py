@@ -52,6 +52,8 @@ def test_evaluate(run, dtype):
     assert differences["from logits"] < 1e-5
     assert differences["curve"] < 1e-5
     assert len(document["ratios"]) == 4
+    goals = " ".join(one["goal"] for one in document["goals"])
+    assert all(f"mix NLL {start} 8x" in goals for start in starts[:2])
 
 
 def test_train_step(run):
