@@ -66,7 +66,7 @@ def gold_logprobs(
 
     device = model.device
     trunk = torch.compile(model.base_model, dynamic=False) if compile else model.base_model
-    head = _ChunkedHead(lm_head(model), autocast)
+    head = ChunkedHead(lm_head(model), autocast)
     was_training = model.training
     model.eval()
     pieces = []
@@ -84,32 +84,36 @@ def gold_logprobs(
     return torch.cat(pieces)[start - first : stop - first]
 
 
-class _ChunkedHead:
-    """Gold log-probs from hidden states, through one reused buffer of logits."""
+class ChunkedHead:
+    """Logits of hidden states, chunk by chunk through one reused buffer; `vocab`: of the first ids
+    only, None: of all."""
 
-    def __init__(self, head: torch.nn.Linear, dtype: torch.dtype | None):
+    def __init__(
+        self, head: torch.nn.Linear, dtype: torch.dtype | None = None, vocab: int | None = None
+    ):
         dtype = head.weight.dtype if dtype is None else dtype
-        self.weight = head.weight.detach().to(dtype)
-        self.bias = None if head.bias is None else head.bias.detach().to(dtype)
+        self.weight = head.weight.detach()[:vocab].to(dtype)
+        self.bias = None if head.bias is None else head.bias.detach()[:vocab].to(dtype)
         bytes_per_row = len(self.weight) * self.weight.element_size()
         budget = _LOGITS_BYTES.get(self.weight.device.type, 512 << 20)
         self.chunk = max(16, budget // bytes_per_row)
         self.buffer: Tensor | None = None
 
-    def logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of at most `chunk` hidden states, (rows, vocab); overwritten by the next call."""
         hidden = hidden.to(self.weight.dtype)
+        if self.buffer is None or len(self.buffer) < len(hidden):
+            self.buffer = hidden.new_empty(len(hidden), len(self.weight))
+        logits = self.buffer[: len(hidden)]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=logits)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=logits)
+
+    def logprobs(self, hidden: Tensor, labels: Tensor) -> Tensor:
         out = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
-        size = min(self.chunk, len(labels))
-        if self.buffer is None or len(self.buffer) < size:
-            self.buffer = hidden.new_empty(size, len(self.weight))
         for i in range(0, len(labels), self.chunk):
-            rows = hidden[i : i + self.chunk]
-            logits = self.buffer[: len(rows)]
-            if self.bias is None:
-                torch.mm(rows, self.weight.T, out=logits)
-            else:
-                torch.addmm(self.bias, rows, self.weight.T, out=logits)
-            out[i : i + len(rows)] = token_logprobs(logits, labels[i : i + len(rows)])
+            rows = slice(i, i + self.chunk)
+            out[rows] = token_logprobs(self.logits(hidden[rows]), labels[rows])
         return out
 
 
@@ -147,8 +151,14 @@ def check_scorable(model, corpus: Corpus, block: int) -> None:
             f"block: {block} tokens do not fit the context of model {name}, {context}; use a "
             "smaller block"
         )
-    # Some families scale or cap their logits behind the head; a few tokens show it for any family.
-    probe = torch.from_numpy(np.array(corpus.token_ids[:8], dtype=np.int64))[None].to(model.device)
+    check_head(model, torch.from_numpy(np.array(corpus.token_ids[:8], dtype=np.int64)))
+
+
+def check_head(model, token_ids: Tensor) -> None:
+    """Raise ValueError unless `lm_head(hidden states)` are the model's logits, probed on a few
+    tokens: some families scale or cap their logits behind the head."""
+    name, head = model_id(model), lm_head(model)
+    probe = token_ids[None].to(model.device)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), unpadded(model):

@@ -12,7 +12,7 @@ from pipeline_fixtures import FAMILIES, tiny_documents, tiny_model, tiny_tokeniz
 from mdkernels.corpus import build_corpus
 from mdkernels.evaluate import MixtureEval, evaluate, gold_logprobs, knn_logprobs
 from mdkernels.mix_weight import mixture_logprobs
-from mdkernels.scoring import _ChunkedHead
+from mdkernels.scoring import ChunkedHead
 
 
 def corpus_of(path, count, seed):
@@ -93,7 +93,7 @@ def test_chunked_head_does_not_depend_on_the_chunk(bias):
     with torch.inference_mode():
         expected = head(hidden).double().log_softmax(1).gather(1, labels[:, None])[:, 0]
         for chunk in (1, 7, 100, 1000):
-            chunked = _ChunkedHead(head, None)
+            chunked = ChunkedHead(head, None)
             chunked.chunk = chunk
             assert (chunked.logprobs(hidden, labels) - expected).abs().max() < 5e-6
 
