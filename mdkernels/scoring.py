@@ -72,7 +72,7 @@ def gold_logprobs(
     spans = spans[(spans[:, 1] > start) & (spans[:, 0] < stop)]
     data = WindowBatches(corpus.token_ids, spans, block, seed=0)
     counts = spans[:, 1] - spans[:, 0]
-    if head_is_last(model, corpus):
+    if head_is_last(model, corpus.token_ids):
         scorer = _head_scorer(model, autocast, compile)
     else:
         scorer = _model_scorer(model, autocast, compile)
@@ -160,7 +160,7 @@ def unpadded(model) -> Iterator[None]:
 def check_scorable(model, corpus: Corpus, block: int) -> None:
     """Raise ValueError unless `lm_head(hidden states)` are the model's logits for such windows."""
     _check_fits(model, corpus, block)
-    if not head_is_last(model, corpus):
+    if not head_is_last(model, corpus.token_ids):
         raise ValueError(
             f"model {model_id(model)} ({model.config.model_type}) changes its logits after the LM "
             "head, which a loss through the head alone would miss; use a family that does not"
@@ -184,13 +184,14 @@ def _check_fits(model, corpus: Corpus, block: int) -> None:
         )
 
 
-def head_is_last(model, corpus: Corpus) -> bool:
+def head_is_last(model, token_ids: np.ndarray | Tensor) -> bool:
     """Whether `lm_head(hidden states)` are the model's logits.
 
-    Some families scale or cap them behind the head; a few tokens show it for any family.
+    Some families scale or cap them behind the head; the first of `token_ids` show it for any
+    family.
     """
     head = lm_head(model)
-    probe = torch.from_numpy(np.array(corpus.token_ids[:8], dtype=np.int64))[None].to(model.device)
+    probe = torch.from_numpy(np.array(token_ids[:8], dtype=np.int64))[None].to(model.device)
     was_training = model.training
     model.eval()
     with torch.inference_mode(), unpadded(model):

@@ -1,6 +1,7 @@
 """The Python blocks of README.md, as they are printed there."""
 
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from mdkernels.targets import open_targets
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 # What each block is recognised by; every block of the README has a test below.
-MIXTURE, DRAFTS, LOSS = "MemoryMixture", "fast_decode", "from_padded"
+MIXTURE, DRAFTS, LOSS = "MemoryMixture.from", "fast_decode", "from_padded"
 LOOP, TRAINER = "for batch in loader", "SparseKLTrainer"
 LIGHTNING, TOPK, MLP = "LightningModule", "from_topk_logprobs", "KeyDataset"
+LM_EVAL = "MixtureLM"
 
 
 @functools.cache
@@ -52,7 +54,7 @@ def names(root, monkeypatch):
 
 
 def test_every_block_is_tested_and_short():
-    marks = (MIXTURE, DRAFTS, LOSS, LOOP, TRAINER, LIGHTNING, TOPK, MLP)
+    marks = (MIXTURE, DRAFTS, LM_EVAL, LOSS, LOOP, TRAINER, LIGHTNING, TOPK, MLP)
     assert [sum(mark in text for mark in marks) for text in blocks()] == [1] * len(marks)
     for text in blocks():
         lines = [line for line in text.splitlines() if line.strip()]
@@ -81,6 +83,32 @@ def test_mixture(tmp_path, monkeypatch):
     run(DRAFTS, names)
     assert drawn[0].shape[1] > ids.shape[1]
     assert torch.equal(*drawn)
+
+
+def test_lm_eval(tmp_path):
+    """One task, of one local file."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    (tmp_path / "rows.jsonl").write_text('{"text": "the tensor returns"}')
+    task = {
+        "task": "readme",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "rows.jsonl")},
+            "cache_dir": str(tmp_path / "cache"),
+        },
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}],
+    }
+    mixture = mdkernels.MemoryMixture(tiny_model("llama"), tiny_model("gpt2", seed=1), 0.4)
+    names = {"model": mixture, "tokenizer": tiny_tokenizer(), "tasks": [task]}
+    found = run(LM_EVAL, names)["results"]["results"]["readme"]["word_perplexity,none"]
+    ids = torch.tensor([[0, *tiny_tokenizer()("the tensor returns").input_ids]])
+    with torch.no_grad():
+        nats = float(mixture(ids, labels=ids).loss) * (ids.shape[1] - 1)
+    assert found == pytest.approx(math.exp(nats / 3), rel=1e-4)
 
 
 def test_losses_of_padded_lists(names, capsys):

@@ -1,0 +1,196 @@
+"""What a mixture makes of a continuation: its log-likelihood, and whether it is the greedy one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from .mix_weight import mixture_logprobs
+from .mixture import MemoryMixture
+from .models import lm_head, model_id
+from .ops.mix_argmax import mix_argmax
+from .ops.token_logprobs import token_logprobs
+from .scoring import head_is_last, unpadded
+
+# One chunk of logits; larger ones fall out of the last-level cache of a CPU.
+_LOGITS_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
+
+
+class ContinuationScore(NamedTuple):
+    logprob: float
+    """log p(continuation | context), nats."""
+    is_greedy: bool
+    """Whether every token is the most probable one where it stands."""
+
+
+class MixtureScorer:
+    """Scores continuations by a mixture; nothing of shape (B, T, V) is written.
+
+    Only scored positions reach the LM heads, and of their logits, chunk by chunk, two numbers per
+    position are kept: the gold log-probability and the most probable token.
+
+    The weights and the temperature are those that the mixture has at construction. Raises
+    ValueError if a model's logits are not the output of its LM head alone.
+    """
+
+    def __init__(self, mixture: MemoryMixture):
+        base_weight = max(0.0, 1.0 - math.fsum(mixture.mix_weight))
+        weights = [base_weight, *mixture.mix_weight]
+        temperatures = [1.0, *[mixture.memory_temperature for _ in mixture.memories]]
+        # A model of weight 0 is not run.
+        live = [i for i, weight in enumerate(weights) if weight > 0.0]
+        self.models = [mixture.models[i] for i in live]
+        self.weights = [weights[i] for i in live]
+        self.temperatures = [temperatures[i] for i in live]
+        self.context = mixture.config.max_position_embeddings
+        for model in self.models:
+            if not head_is_last(model, torch.arange(8)):
+                raise ValueError(
+                    f"model {model_id(model)} ({model.config.model_type}) changes its logits after "
+                    "the LM head, which scoring through the head alone would miss; use a family "
+                    "that does not"
+                )
+        # Ids that only some of the models have are padding rows, see MemoryMixture.
+        vocab = min(lm_head(model).weight.shape[0] for model in mixture.models)
+        self.heads = [_Head(lm_head(model), vocab) for model in self.models]
+        self.chunk = min(head.chunk for head in self.heads)
+
+    @torch.inference_mode()
+    def scores(
+        self,
+        requests: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        batch_size: int = 8,
+        max_length: int | None = None,
+        progress: bool = True,
+    ) -> list[ContinuationScore]:
+        """One score per (context, continuation), both non-empty lists of token ids.
+
+        Equivalent, with ids = context + continuation of length n = len(continuation), to::
+
+            logprobs = mixture(ids[None, :-1], output_logprobs=True).logprobs[0, -n:]
+            logprobs.gather(1, continuation[:, None]).sum(), all(logprobs.argmax(1) == continuation)
+
+        Args:
+            batch_size: sequences per forward pass. Requests that read the same tokens, such as
+                several one-token answers to one question, share a sequence.
+            max_length: tokens a sequence may have; longer ones lose their beginning. None: the
+                context of the mixture.
+
+        Raises ValueError for an empty context or continuation, and for a continuation that is
+        longer than `max_length`.
+        """
+        max_length = self._check_length(max_length)
+        readers: dict[tuple[int, ...], list[int]] = {}
+        for i, (context, continuation) in enumerate(requests):
+            _check_request(i, context, continuation, max_length)
+            ids = (*context, *continuation)[:-1]
+            readers.setdefault(ids if max_length is None else ids[-max_length:], []).append(i)
+        # Longest first: the batches pad little, and what does not fit into memory shows at once.
+        sequences = sorted(readers, key=len, reverse=True)
+        found: list[ContinuationScore | None] = [None] * len(requests)
+        with tqdm(total=len(requests), desc="score", disable=None if progress else True) as bar:
+            for start in range(0, len(sequences), batch_size):
+                batch = sequences[start : start + batch_size]
+                owners = [(row, i) for row, ids in enumerate(batch) for i in readers[ids]]
+                continuations = [requests[i][1] for _, i in owners]
+                rows = [row for row, _ in owners]
+                scores = self._batch(batch, rows, continuations)
+                for (_, i), score in zip(owners, scores, strict=True):
+                    found[i] = score
+                bar.update(len(owners))
+        return found
+
+    def _check_length(self, max_length: int | None) -> int | None:
+        if max_length is None:
+            return self.context
+        if max_length < 1 or (self.context is not None and max_length > self.context):
+            raise ValueError(
+                f"max_length: expected 1 to {self.context}, the shortest context of base and "
+                f"memories, got {max_length}"
+            )
+        return max_length
+
+    def _batch(
+        self, sequences: list[tuple[int, ...]], rows: list[int], continuations: list[Sequence[int]]
+    ) -> list[ContinuationScore]:
+        """Score continuation k at the end of sequences[rows[k]], whose last token is not in it."""
+        device = self.models[0].device
+        width = max(map(len, sequences))
+        # Padded on the right, where causal attention hides it.
+        input_ids = torch.tensor([[*ids, *[0] * (width - len(ids))] for ids in sequences])
+        counts = [len(continuation) for continuation in continuations]
+        places = [
+            row * width + len(sequences[row]) - count + k
+            for row, count in zip(rows, counts, strict=True)
+            for k in range(count)
+        ]
+        labels = torch.tensor([i for continuation in continuations for i in continuation])
+        places, labels = torch.tensor(places).to(device), labels.to(device)
+        hidden = []
+        for model in self.models:
+            with unpadded(model):
+                states = model.base_model(input_ids=input_ids.to(device), use_cache=False)
+            hidden.append(states.last_hidden_state.flatten(0, 1)[places])
+        logprobs, greedy = [], []
+        for start in range(0, len(labels), self.chunk):
+            part = slice(start, start + self.chunk)
+            gold, best = self._chunk([states[part] for states in hidden], labels[part])
+            logprobs.append(gold)
+            greedy.append(best == labels[part])
+        sums = [float(one.sum()) for one in torch.cat(logprobs).cpu().split(counts)]
+        matches = [bool(one.all()) for one in torch.cat(greedy).cpu().split(counts)]
+        return [ContinuationScore(*pair) for pair in zip(sums, matches, strict=True)]
+
+    def _chunk(self, hidden: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+        """fp64 log p(label) and the most probable token of each row."""
+        logits = []
+        for head, states, temperature in zip(self.heads, hidden, self.temperatures, strict=True):
+            own = head.logits(states)
+            if temperature != 1.0:  # in 16 bits the quotient would be rounded
+                own = own.to(torch.promote_types(own.dtype, torch.float32)) / temperature
+            logits.append(own)
+        first, *rest = [token_logprobs(one, labels) for one in logits]
+        gold = mixture_logprobs(first, rest, self.weights[1:])
+        if not rest:
+            return gold, logits[0].argmax(1)
+        return gold, mix_argmax(logits[0], logits[1:], self.weights[1:])
+
+
+class _Head:
+    """Logits of the first `vocab` ids, a chunk of hidden states at a time, in one reused buffer."""
+
+    def __init__(self, head: torch.nn.Linear, vocab: int):
+        self.weight = head.weight.detach()[:vocab]
+        self.bias = None if head.bias is None else head.bias.detach()[:vocab]
+        bytes_per_row = vocab * self.weight.element_size()
+        self.chunk = max(16, _LOGITS_BYTES.get(self.weight.device.type, 512 << 20) // bytes_per_row)
+        self.buffer: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of at most `chunk` hidden states, (rows, vocab); overwritten by the next call."""
+        hidden = hidden.to(self.weight.dtype)
+        if self.buffer is None or len(self.buffer) < len(hidden):
+            self.buffer = hidden.new_empty(len(hidden), len(self.weight))
+        logits = self.buffer[: len(hidden)]
+        if self.bias is None:
+            return torch.mm(hidden, self.weight.T, out=logits)
+        return torch.addmm(self.bias, hidden, self.weight.T, out=logits)
+
+
+def _check_request(i: int, context: Sequence[int], continuation: Sequence[int], longest) -> None:
+    for name, ids in (("context", context), ("continuation", continuation)):
+        if len(ids) == 0:
+            raise ValueError(
+                f"requests: the {name} of request {i} is empty; give one token or more"
+            )
+    if longest is not None and len(continuation) > longest:
+        raise ValueError(
+            f"requests: the continuation of request {i} has {len(continuation)} tokens, at most "
+            f"{longest} can be scored at once"
+        )
