@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, WatermarkingConfig
 
 from .mix_weight import check_weights
 from .mixture_cache import CACHE, MixtureCache
@@ -37,6 +37,25 @@ _REFUSED = {
     "speculation_type": "its drafts need the hidden states of one model",
     "dola_layers": "a mixture has no layers of its own to contrast",
     "penalty_alpha": "contrastive search needs the hidden states of one model",
+}
+_OF_ASSISTANT = "would be ignored; set it in assistant_model.generation_config, where it is read"
+# Options that transformers looks at nowhere, or only beside another one.
+_IGNORED = {
+    "assistant_confidence_threshold": _OF_ASSISTANT,
+    "assistant_lookbehind": _OF_ASSISTANT,
+    "low_memory": "would be ignored; beams run in one batch",
+    "num_assistant_tokens": _OF_ASSISTANT,
+    "num_assistant_tokens_schedule": _OF_ASSISTANT,
+    "target_lookbehind": _OF_ASSISTANT,
+}
+_NEEDS = {
+    "assistant_ensemble_weight": "assistant_model",
+    "cache_config": "cache_implementation",
+    "diversity_penalty": "num_beam_groups",
+    "max_cache_len": "cache_implementation",
+    "max_matching_ngram_size": "prompt_lookup_num_tokens",
+    "negative_prompt_attention_mask": "negative_prompt_ids",
+    "negative_prompt_ids": "guidance_scale",
 }
 
 
@@ -174,6 +193,12 @@ def check_generate(
     prompt = kwargs.get("input_ids") if inputs is None else inputs
     if isinstance(prompt, Tensor):
         check_input_ids(mixture.models, prompt)
+        _check_mask(prompt, kwargs.get("attention_mask"), bool(caches))
+    elif prompt is not None:
+        raise TypeError(
+            f"input_ids: expected a tensor, got {type(prompt).__name__}; pass what a tokenizer "
+            'returns with return_tensors="pt" as generate(**batch)'
+        )
     if kwargs.get("mix_weight") is None:
         return kwargs
     if getattr(config, "guidance_scale", None) or kwargs.get("guidance_scale"):
@@ -193,6 +218,17 @@ def check_generate(
     return {**kwargs, "mix_weight": weight}
 
 
+def _check_mask(prompt: Tensor, mask: Any, continued: bool) -> None:
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        return
+    # A continued prompt may be passed whole or in part; the mask covers all of it.
+    fits = mask.shape[1] >= prompt.shape[1] if continued else mask.shape[1] == prompt.shape[1]
+    if len(mask) != len(prompt) or not fits:
+        raise ValueError(
+            f"attention_mask: expected {tuple(prompt.shape)} as input_ids, got {tuple(mask.shape)}"
+        )
+
+
 def _check_ignored(mixture, config: GenerationConfig | None, kwargs: dict[str, Any]) -> None:
     """Raise ValueError for what the caller set and the mode of generation would not look at, such
     as a temperature without do_sample. Defaults of the checkpoint do not count."""
@@ -204,8 +240,18 @@ def _check_ignored(mixture, config: GenerationConfig | None, kwargs: dict[str, A
             if getattr(config, name, None) == value and name not in ("do_sample", "num_beams"):
                 setattr(explicit, name, None)
     for name, value in kwargs.items():
+        if name == "watermarking_config" and isinstance(value, dict):
+            value = WatermarkingConfig.from_dict(value)
         if hasattr(explicit, name):
             setattr(explicit, name, value)
+    given = {**vars(explicit), **kwargs}
+    given = {name for name, value in given.items() if value is not None and value is not False}
+    for name in sorted(given & set(_IGNORED)):
+        raise ValueError(f"{name}: {_IGNORED[name]}")
+    for name in sorted(given & set(_NEEDS)):
+        needed = _NEEDS[name]
+        if needed not in given and getattr(defaults, needed, None) is None:
+            raise ValueError(f"{name}: would be ignored without {needed}")
     for name in ("do_sample", "num_beams"):
         if getattr(explicit, name) is None:
             setattr(explicit, name, getattr(defaults, name))

@@ -26,6 +26,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
     TextIteratorStreamer,
+    WatermarkingConfig,
 )
 from transformers.generation import logits_process
 from transformers.generation.streamers import BaseStreamer
@@ -267,6 +268,16 @@ def test_scores_logits_and_processors_see_the_base_scale(mixed):
             torch.stack(found.logits)[:, i].double(), want, atol=2e-5, rtol=0
         )
         assert [bool(step[i, 9] == -torch.inf) for step in found.scores] == [True] * 3 + [False]
+
+
+def test_a_watermark_given_as_a_dict(mixed):
+    """As generate() of any model takes it."""
+    ids = torch.tensor(prompts()[:1])
+    found = []
+    for watermark in (WatermarkingConfig(bias=4.0), {"bias": 4.0}):
+        options = {**PLAIN, "max_new_tokens": 4, "watermarking_config": watermark}
+        found.append(mixed.generate(ids, attention_mask=torch.ones_like(ids), **options))
+    assert torch.equal(*found)
 
 
 def test_eos_ends_each_row_and_pads_it(mixture):

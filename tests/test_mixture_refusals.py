@@ -45,6 +45,14 @@ def refused(mixture, monkeypatch, message, *args, error=ValueError, **options):
         ({"output_logprobs": True}, "output_logprobs: pass output_logits=True"),
         ({"assistant_early_exit": 1}, "no layer to leave at"),
         ({"temperatur": 1.0}, "not used by the model: .'temperatur'"),
+        ({"attention_mask": torch.ones(1, 2, dtype=torch.int64)}, r"attention_mask: .* \(1, 3\)"),
+        ({"attention_mask": torch.ones(2, 3, dtype=torch.int64)}, r"got \(2, 3\)"),
+        ({"num_beams": 2, "diversity_penalty": 0.5}, "ignored without num_beam_groups"),
+        ({"num_beams": 2, "low_memory": True}, "low_memory: would be ignored"),
+        ({"cache_config": {"nbits": 4}}, "cache_config: would be ignored without cache_impl"),
+        ({"max_matching_ngram_size": 3}, "ignored without prompt_lookup_num_tokens"),
+        ({"num_assistant_tokens": 3}, "set it in assistant_model.generation_config"),
+        ({"negative_prompt_ids": torch.ones(1, 2).long()}, "ignored without guidance_scale"),
         ({"mix_weight": 1.5}, r"mix_weight must be in \[0, 1\]"),
         ({"mix_weight": torch.tensor([float("nan")])}, r"mix_weight must be in \[0, 1\]"),
         ({"mix_weight": torch.zeros(2)}, r"expected shape \(1,\) or \(1, 1\)"),
@@ -58,6 +66,10 @@ def refused(mixture, monkeypatch, message, *args, error=ValueError, **options):
 def test_bad_requests_are_refused_before_any_compute(mixed, monkeypatch, changes, message):
     options = {"inputs": torch.ones(1, 3, dtype=torch.int64), "max_new_tokens": 4, **PLAIN}
     refused(mixed, monkeypatch, message, **{**options, **changes})
+
+
+def test_a_prompt_that_is_no_tensor(mixed, monkeypatch):
+    refused(mixed, monkeypatch, r"input_ids: expected a tensor, got list", [[1]], error=TypeError)
 
 
 def test_refused_caches_and_weights_of_several(monkeypatch, mixed):
