@@ -32,7 +32,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command line. Returns 0, 2 for what the user can put right, 130 for Ctrl-C."""
+    """Run one command line. Returns 0, 2 for what the user can put right, 130 for Ctrl-C, 141 when
+    nobody reads the output any more."""
     # Both count only before torch is loaded. Thread pools of two processes that spin while waiting
     # slow each other down severalfold; huge pages spare large fresh tensors most page faults.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -52,10 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.parser.error(_unknown_flag(unknown[0], stage))
     try:
         text = getattr(cli_commands, stage.command)(**_settings(stage, vars(arguments)))
+        print(f"{text}\n" if text else "", end="", flush=True)
+    except BrokenPipeError:
+        # Who read our output has read enough, as `head` does. Python would flush once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt as stop:
-        how = str(stop) or (
-            "interrupted; the same command continues from its last checkpoint, if it has made one"
-        )
+        how = str(stop) or "interrupted"
+        if stage.continues and not str(stop):
+            how += "; the same command continues from its last checkpoint, if it has made one"
         if os.environ.get("RANK", "0") == "0":  # of several processes, one is enough
             print(f"\nmdkernels {stage.name}: {how}", file=sys.stderr)
         return 130
@@ -67,8 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"mdkernels {stage.name}: error: {message}", file=sys.stderr)
         return 2
-    if text:
-        print(text)
     return 0
 
 

@@ -39,6 +39,8 @@ class Stage:
     target: str
     example: str
     options: tuple[Option, ...] = ()
+    continues: bool = True
+    """Whether a run that was cut off leaves something to go on from."""
 
 
 def _path(name: str, help_text: str, **more: Any) -> Option:
@@ -276,6 +278,7 @@ EVALUATE = Stage(
         Option("plot", "draw the mix-weight curve beside --out, if matplotlib is there", True),
         _OVERWRITE,
     ),
+    continues=False,
 )
 
 GENERATE = Stage(
@@ -310,6 +313,7 @@ GENERATE = Stage(
         _DEVICE,
         _DTYPE,
     ),
+    continues=False,
 )
 
 CHAT = Stage(
@@ -329,6 +333,7 @@ CHAT = Stage(
         _DEVICE,
         _DTYPE,
     ),
+    continues=False,
 )
 
 DEMO = Stage(
@@ -349,6 +354,7 @@ DOCTOR = Stage(
     "doctor",
     "mdkernels.ops.doctor:report",
     "mdkernels doctor",
+    continues=False,
 )
 
 STAGES = (

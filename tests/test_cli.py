@@ -153,9 +153,28 @@ def test_interrupt_is_quiet(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(cli_commands, "doctor", interrupted)
-    status, _, err = run("doctor", capsys=capsys)
+    assert run("doctor", capsys=capsys) == (130, "", "\nmdkernels doctor: interrupted\n")
+    monkeypatch.setattr(cli_commands, "demo", interrupted)
+    status, _, err = run("demo", capsys=capsys)
     assert status == 130
-    assert err.startswith("\nmdkernels doctor: interrupted; the same command continues")
+    assert err.startswith("\nmdkernels demo: interrupted; the same command continues")
+
+
+@pytest.mark.parametrize("flush", [True, False])
+def test_nobody_reads_the_output(flush):
+    """As in `mdkernels generate ... | head`, while it streams and at its end."""
+    code = (
+        "import sys, time; from mdkernels import cli, cli_commands\n"
+        "sys.stdin.read()\n"
+        f"cli_commands.doctor = lambda: print('text', flush={flush})\n"
+        "raise SystemExit(cli.main(['doctor']))"
+    )
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code], **pipes) as process:
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 141
 
 
 def test_config_file_and_flags(monkeypatch, capsys, tmp_path):
