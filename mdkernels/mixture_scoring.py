@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from .mix_weight import mixture_logprobs
 from .mixture import MemoryMixture
@@ -34,31 +35,40 @@ class MixtureScorer:
     Only scored positions reach the LM heads, and of their logits, chunk by chunk, two numbers per
     position are kept: the gold log-probability and the most probable token.
 
-    The weights and the temperature are those that the mixture has at construction. Raises
-    ValueError if a model's logits are not the output of its LM head alone.
+    The weights and the temperature are those that the mixture has at each call. Raises ValueError
+    if a model's logits are not the output of its LM head alone.
     """
 
     def __init__(self, mixture: MemoryMixture):
-        base_weight = max(0.0, 1.0 - math.fsum(mixture.mix_weight))
-        weights = [base_weight, *mixture.mix_weight]
-        temperatures = [1.0, *[mixture.memory_temperature for _ in mixture.memories]]
-        # A model of weight 0 is not run.
-        live = [i for i, weight in enumerate(weights) if weight > 0.0]
-        self.models = [mixture.models[i] for i in live]
-        self.weights = [weights[i] for i in live]
-        self.temperatures = [temperatures[i] for i in live]
+        self.mixture, self.models = mixture, mixture.models
         self.context = mixture.config.max_position_embeddings
-        for model in self.models:
-            if not head_is_last(model, torch.arange(8)):
-                raise ValueError(
-                    f"model {model_id(model)} ({model.config.model_type}) changes its logits after "
-                    "the LM head, which scoring through the head alone would miss; use a family "
-                    "that does not"
-                )
         # Ids that only some of the models have are padding rows, see MemoryMixture.
-        vocab = min(lm_head(model).weight.shape[0] for model in mixture.models)
+        vocab = min(lm_head(model).weight.shape[0] for model in self.models)
         self.heads = [_Head(lm_head(model), vocab) for model in self.models]
         self.chunk = min(head.chunk for head in self.heads)
+        self.checked: set[int] = set()
+        self._parts()
+
+    def _parts(self) -> list[_Part]:
+        """The models of positive weight, as the mixture stands. The others are not run."""
+        weights = self.mixture.mix_weight
+        parts = []
+        for i, weight in enumerate([max(0.0, 1.0 - math.fsum(weights)), *weights]):
+            if weight > 0.0:
+                temperature = 1.0 if i == 0 else self.mixture.memory_temperature
+                parts.append(_Part(self.models[i], self.heads[i], weight, temperature))
+                self._check_head(i)
+        return parts
+
+    def _check_head(self, i: int) -> None:
+        model = self.models[i]
+        if i not in self.checked and not head_is_last(model, torch.arange(8)):
+            raise ValueError(
+                f"model {model_id(model)} ({model.config.model_type}) changes its logits after "
+                "the LM head, which scoring through the head alone would miss; use a family "
+                "that does not"
+            )
+        self.checked.add(i)
 
     @torch.inference_mode()
     def scores(
@@ -85,7 +95,7 @@ class MixtureScorer:
         Raises ValueError for an empty context or continuation, and for a continuation that is
         longer than `max_length`.
         """
-        max_length = self._check_length(max_length)
+        max_length, parts = self._check_length(max_length), self._parts()
         readers: dict[tuple[int, ...], list[int]] = {}
         for i, (context, continuation) in enumerate(requests):
             _check_request(i, context, continuation, max_length)
@@ -100,7 +110,7 @@ class MixtureScorer:
                 owners = [(row, i) for row, ids in enumerate(batch) for i in readers[ids]]
                 continuations = [requests[i][1] for _, i in owners]
                 rows = [row for row, _ in owners]
-                scores = self._batch(batch, rows, continuations)
+                scores = self._batch(parts, batch, rows, continuations)
                 for (_, i), score in zip(owners, scores, strict=True):
                     found[i] = score
                 bar.update(len(owners))
@@ -117,7 +127,11 @@ class MixtureScorer:
         return max_length
 
     def _batch(
-        self, sequences: list[tuple[int, ...]], rows: list[int], continuations: list[Sequence[int]]
+        self,
+        parts: list[_Part],
+        sequences: list[tuple[int, ...]],
+        rows: list[int],
+        continuations: list[Sequence[int]],
     ) -> list[ContinuationScore]:
         """Score continuation k at the end of sequences[rows[k]], whose last token is not in it."""
         device = self.models[0].device
@@ -133,33 +147,35 @@ class MixtureScorer:
         labels = torch.tensor([i for continuation in continuations for i in continuation])
         places, labels = torch.tensor(places).to(device), labels.to(device)
         hidden = []
-        for model in self.models:
-            with unpadded(model):
-                states = model.base_model(input_ids=input_ids.to(device), use_cache=False)
+        for part in parts:
+            with unpadded(part.model):
+                states = part.model.base_model(input_ids=input_ids.to(device), use_cache=False)
             hidden.append(states.last_hidden_state.flatten(0, 1)[places])
         logprobs, greedy = [], []
         for start in range(0, len(labels), self.chunk):
-            part = slice(start, start + self.chunk)
-            gold, best = self._chunk([states[part] for states in hidden], labels[part])
+            chunk = slice(start, start + self.chunk)
+            gold, best = _chunk(parts, [states[chunk] for states in hidden], labels[chunk])
             logprobs.append(gold)
-            greedy.append(best == labels[part])
+            greedy.append(best == labels[chunk])
         sums = [float(one.sum()) for one in torch.cat(logprobs).cpu().split(counts)]
         matches = [bool(one.all()) for one in torch.cat(greedy).cpu().split(counts)]
         return [ContinuationScore(*pair) for pair in zip(sums, matches, strict=True)]
 
-    def _chunk(self, hidden: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
-        """fp64 log p(label) and the most probable token of each row."""
-        logits = []
-        for head, states, temperature in zip(self.heads, hidden, self.temperatures, strict=True):
-            own = head.logits(states)
-            if temperature != 1.0:  # in 16 bits the quotient would be rounded
-                own = own.to(torch.promote_types(own.dtype, torch.float32)) / temperature
-            logits.append(own)
-        first, *rest = [token_logprobs(one, labels) for one in logits]
-        gold = mixture_logprobs(first, rest, self.weights[1:])
-        if not rest:
-            return gold, logits[0].argmax(1)
-        return gold, mix_argmax(logits[0], logits[1:], self.weights[1:])
+
+def _chunk(parts: list[_Part], hidden: list[Tensor], labels: Tensor) -> tuple[Tensor, Tensor]:
+    """fp64 log p(label) and the most probable token of each row."""
+    logits = []
+    for part, states in zip(parts, hidden, strict=True):
+        own = part.head.logits(states)
+        if part.temperature != 1.0:  # in 16 bits the quotient would be rounded
+            own = own.to(torch.promote_types(own.dtype, torch.float32)) / part.temperature
+        logits.append(own)
+    first, *rest = [token_logprobs(one, labels) for one in logits]
+    weights = [part.weight for part in parts[1:]]
+    gold = mixture_logprobs(first, rest, weights)
+    if not rest:
+        return gold, logits[0].argmax(1)
+    return gold, mix_argmax(logits[0], logits[1:], weights)
 
 
 class _Head:
@@ -181,6 +197,13 @@ class _Head:
         if self.bias is None:
             return torch.mm(hidden, self.weight.T, out=logits)
         return torch.addmm(self.bias, hidden, self.weight.T, out=logits)
+
+
+class _Part(NamedTuple):
+    model: PreTrainedModel
+    head: _Head
+    weight: float
+    temperature: float
 
 
 def _check_request(i: int, context: Sequence[int], continuation: Sequence[int], longest) -> None:

@@ -76,6 +76,15 @@ def test_a_model_of_weight_zero_is_not_run(weight, live):
     check(MixtureScorer(mixture).scores([([3, 4], [5, 6])]), wanted)
 
 
+def test_weights_and_temperature_are_those_of_the_mixture_at_the_call():
+    mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2", seed=1), 0.0)
+    scorer = MixtureScorer(mixture)
+    requests = list(zip(draw(5, 3), draw(2, 6, seed=1), strict=True))
+    for weight, temperature in ((0.0, 1.0), (0.4, 1.0), (0.4, 1.7), (1.0, 1.7)):
+        mixture.mix_weight, mixture.memory_temperature = weight, temperature
+        check(scorer.scores(requests), [expected(mixture, *request) for request in requests])
+
+
 def test_padded_vocabularies_are_scored_over_the_common_ids():
     wide, narrow = tiny_model("llama", vocab_size=384), tiny_model("gpt2", seed=1)
     requests = list(zip(draw(5, 3), draw(2, 6, seed=1), strict=True))
