@@ -60,7 +60,8 @@ def gold_logprobs(
         compile: torch.compile the trunk first; pays from some 10^5 tokens on.
         label: name on the progress bar.
 
-    Raises ValueError when the model cannot score this corpus: context, vocabulary, no linear head.
+    Raises ValueError when the model cannot score this corpus: context, vocabulary, no linear head;
+    FloatingPointError for NaN logits.
     """
     corpus = open_corpus(corpus)
     stride = max(1, block // 2) if stride is None else stride
@@ -97,7 +98,14 @@ def gold_logprobs(
             bar.update(len(found))
     model.train(was_training)
     first = int(spans[0, 0])
-    return scores[start - first : stop - first].cpu()
+    found = scores[start - first : stop - first].cpu()
+    if bool(found.isnan().any()):
+        row = start + int(found.isnan().nonzero()[0, 0])
+        raise FloatingPointError(
+            f"model {model_id(model)}: its logits at row {row} of {corpus.path} hold NaN, so there "
+            "is nothing to score; are its weights damaged, or its dtype too narrow?"
+        )
+    return found
 
 
 def _head_scorer(model, autocast: torch.dtype | None, compile: bool) -> _Scorer:
@@ -199,7 +207,9 @@ def head_is_last(model, token_ids: np.ndarray | Tensor) -> bool:
         hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
         found = head(hidden).float()
     model.train(was_training)
-    return torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    size = float(expected.abs().max())
+    # NaN tells nothing here; who scores will find it.
+    return size != size or torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * size)
 
 
 def knn_logprobs(

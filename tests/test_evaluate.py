@@ -86,6 +86,17 @@ def test_compiled_and_autocast_trunks(text):
     assert 0 < (low - plain).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_logits_that_are_nan_are_no_score(text, everywhere):
+    corpus, _ = text
+    model = tiny_model("llama")
+    rows = slice(None) if everywhere else int(corpus.token_ids[100])
+    with torch.no_grad():
+        model.model.embed_tokens.weight[rows] = torch.nan
+    with pytest.raises(FloatingPointError, match=r"Llama.* at row \d+ of .* hold NaN"):
+        gold_logprobs(model, corpus, block=32)
+
+
 def test_scoring_leaves_the_model_as_it_was(text):
     model = tiny_model("gpt2").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
