@@ -26,7 +26,7 @@ from mix_fixtures import (
 )
 
 import mdkernels
-from mdkernels import BackendUnavailable
+from mdkernels import BackendUnavailable, mix_argmax
 
 backend = mix_fixtures.backend
 poisoned_memory = mix_fixtures.poisoned_memory
@@ -156,6 +156,24 @@ def test_bad_row_weights(backend):
     got = logit_mix(base[:2], [memory[:2]] * 2, pairs, backend=backend)
     assert got.isnan().all(1).tolist() == [True, False]
     assert not got[1].isnan().any()
+
+
+@pytest.mark.parametrize("draw", [logit_mix, mix_argmax])
+def test_bad_row_weights_of_the_reference_on_a_gpu(draw, monkeypatch):
+    """Nothing is looked at there, so the row is NaN, as of the other backends."""
+    monkeypatch.setattr("mdkernels.ops.logit_mix.reference.find_weight_fault", lambda _: None)
+    base, memory = pair(5, 1100)
+    weights = torch.tensor([0.5, -0.1, 1.1, math.nan, 1.0])
+    bad = [False, True, True, True, False]
+    got = draw(base, memory, weights, backend="reference")
+    if draw is mix_argmax:
+        assert (got == 0).tolist() == bad
+        return
+    assert got.isnan().all(1).tolist() == bad
+    assert got.isnan().any(1).tolist() == bad
+    pairs = torch.tensor([[0.6, 0.6], [0.6, 0.4]])
+    got = draw(base[:2], [memory[:2]] * 2, pairs, backend="reference")
+    assert got.isnan().all(1).tolist() == [True, False]
 
 
 @pytest.mark.interpreted(backend="triton")

@@ -138,6 +138,12 @@ def find_weight_fault(row_weights: Tensor | None):
     return None
 
 
+def weights_valid(row_weights: Tensor) -> Tensor:
+    """(N,) bool: weights in [0, 1] that add up to at most 1."""
+    inside = ((row_weights >= 0) & (row_weights <= 1)).all(1)
+    return inside & (row_weights.double().sum(1) <= 1 + WEIGHT_SLACK)
+
+
 def _weights(mix_weight, memories: int, rows: int, device) -> tuple[Tensor | None, list[float]]:
     if isinstance(mix_weight, (float, int)):
         if memories > 1:

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arguments import find_weight_fault, mixture_width, raise_row_fault
+from .arguments import find_weight_fault, mixture_width, raise_row_fault, weights_valid
 
 DIFFERENTIABLE = True
 
@@ -28,6 +28,8 @@ def forward(
         if missing:
             term = torch.nn.functional.pad(term, (0, missing), value=-math.inf)
         mixture = term if mixture is None else _logaddexp(mixture, term)
+    if row_weights is not None:
+        mixture = mixture.masked_fill(~weights_valid(row_weights)[:, None], math.nan)
     if base_scale:
         mixture = mixture + _wide(base_logits, memory_logits)(base_logits).logsumexp(1)[:, None]
     return mixture

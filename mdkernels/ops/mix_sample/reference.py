@@ -6,7 +6,12 @@ import torch
 from torch import Tensor
 
 from ..logit_mix import reference as logit_mix
-from ..logit_mix.arguments import WEIGHT_SLACK, find_weight_fault, mixture_width, raise_row_fault
+from ..logit_mix.arguments import (
+    find_weight_fault,
+    mixture_width,
+    raise_row_fault,
+    weights_valid,
+)
 from .philox import COMPONENTS, exponentials
 
 
@@ -53,8 +58,7 @@ def choose(
         # Rounded to the precision of the weights, so that 0.7 + 0.2 + 0.1 is 1.
         rest = (1.0 - total.to(row_weights.dtype).double()).clamp(min=0.0)
         shares = torch.cat([rest[:, None], row_weights.double()], 1)
-        inside = ((row_weights >= 0) & (row_weights <= 1)).all(1)
-        undefined = ~(inside & (total <= 1 + WEIGHT_SLACK))
+        undefined = ~weights_valid(row_weights)
     clocks = exponentials(seeds, offsets, 1 + memories, COMPONENTS) / shares
     ids = torch.arange(1, 1 + memories, device=seeds.device)
     chosen = (clocks.argmin(1, keepdim=True) == ids).float()
