@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
@@ -90,6 +91,8 @@ def stream_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:
     """(B,) int64: `seed`, or from an int one stream for each row."""
     if isinstance(seed, int):
         return row_seeds(seed, len(input_ids), input_ids.device)
+    if not isinstance(seed, Tensor):
+        raise TypeError(f"seed: expected an int, or int64, one per row; got {seed!r}")
     if tuple(seed.shape) != (len(input_ids),) or seed.dtype != torch.int64:
         raise ValueError(
             f"seed: expected an int, or int64 of shape ({len(input_ids)},), one per row; got "
@@ -98,23 +101,26 @@ def stream_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:
     return seed.to(input_ids.device)
 
 
-def check_draft(request: Request) -> Request:
-    """`request`, if its drafts can be made."""
-    drafts, cache = request.draft_tokens, request.cache
+def check_drafts(drafts: int | str, memories: int, sliding: list[bool]) -> None:
+    """`sliding`: of each layer of the cache, whether it attends in a window."""
     if drafts != "auto" and (type(drafts) is not int or drafts < 0):
         raise ValueError(
             f'draft_tokens must be "auto" or an integer >= 0 (0: no drafts), got {drafts!r}'
         )
-    if not drafts:
-        return request
-    if not request.mixture.memories:
+    if drafts and not memories:
         raise ValueError(f"draft_tokens: got {drafts!r}, but without a memory nothing could draft")
-    if any(cache.is_sliding):
+    if drafts and any(sliding):
         raise ValueError(
             f"draft_tokens: got {drafts!r} with a model that attends in a sliding window, whose "
             "cache cannot go back; pass 0"
         )
-    if len(request.input_ids) > 1 and cache.is_compileable:
+
+
+def check_draft(request: Request) -> Request:
+    """`request`, if its drafts can be made."""
+    drafts, cache = request.draft_tokens, request.cache
+    check_drafts(drafts, len(request.mixture.memories), cache.is_sliding)
+    if drafts and len(request.input_ids) > 1 and cache.is_compileable:
         raise ValueError(
             f"draft_tokens: got {drafts!r} with a static cache and {len(request.input_ids)} rows, "
             "which would need room for what each rejects; use the dynamic cache"
@@ -155,8 +161,8 @@ def _check(
 
 def check_sampling(temperature, top_k, top_p, min_p) -> dict | None:
     """Arguments of `mix_sample`, or None for greedy decoding."""
-    if not temperature >= 0.0:
-        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    if not 0.0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be >= 0 and finite, got {temperature}")
     if not isinstance(top_k, int) or top_k < 0:
         raise ValueError(f"top_k must be an integer >= 0 (0: all), got {top_k!r}")
     if not 0.0 < top_p <= 1.0:

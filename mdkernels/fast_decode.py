@@ -95,6 +95,7 @@ def fast_decode(
     read = getattr(generation_config, "_mask_length", fresh) if mask is None else mask.shape[1]
     if read == fresh:
         fresh -= int(cache.get_seq_length())
+    _check_positions(model_kwargs.get("position_ids"), mask, fresh, cache)
     own = getattr(cache, "_is_user_defined", False)
     pad = generation_config._pad_token_tensor
     request = Request(
@@ -156,6 +157,23 @@ def _check(model, config: GenerationConfig, synced_gpus, assistant_model, model_
     for name, value in model_kwargs.items():
         if name not in known and value is not None:
             raise ValueError(f"{name}: the fast loop has no use for it{_WITHOUT}")
+
+
+def _check_positions(given: Tensor | None, mask: Tensor | None, fresh: int, cache) -> None:
+    """generate() makes positions where the caller gives none; the loop counts the same ones."""
+    if given is None:
+        return
+    past = int(cache.get_seq_length())
+    counted = torch.arange(past, past + fresh, device=given.device)[None]
+    if mask is not None:
+        counted = (mask.long().cumsum(1) - 1)[:, past:]
+    differs = given[:, -fresh:] != counted
+    if mask is not None:
+        differs &= mask[:, past:].bool()
+    if bool(differs.any()):
+        raise ValueError(
+            f"position_ids: the fast loop counts positions from each row's first token{_WITHOUT}"
+        )
 
 
 def _filters(given: LogitsProcessorList) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .decode import check_sampling
+from .decode import check_drafts, check_sampling
 from .mix_weight import check_weights
 from .mixture_cache import MixtureCache
 from .mixture_config import MemoryMixtureConfig, check_temperature, context_length
@@ -59,7 +59,8 @@ def check_options(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     place = resolve_device(device)
-    _check_drafts(draft_tokens, configs)
+    sliding = MixtureCache.of(configs, None).is_sliding
+    check_drafts(draft_tokens, len(configs) - 1, sliding)
     for name, config in named:
         context = context_length(config)
         # The last new token is never read.
@@ -77,17 +78,3 @@ def _configs(source: Any) -> list[tuple[str, Any]]:
     config = load_config(source)
     parts = config.models if isinstance(config, MemoryMixtureConfig) else [config]
     return [(name, part) for part in parts]
-
-
-def _check_drafts(drafts: int | str, configs: list[Any]) -> None:
-    if drafts != "auto" and (type(drafts) is not int or drafts < 0):
-        raise ValueError(
-            f'draft_tokens must be "auto" or an integer >= 0 (0: no drafts), got {drafts!r}'
-        )
-    if drafts and len(configs) == 1:
-        raise ValueError(f"draft_tokens: got {drafts!r}, but without a memory nothing could draft")
-    if drafts and any(MixtureCache.of(configs, None).is_sliding):
-        raise ValueError(
-            f"draft_tokens: got {drafts!r} with a model that attends in a sliding window, whose "
-            "cache cannot go back; pass 0"
-        )

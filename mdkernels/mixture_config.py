@@ -9,6 +9,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .mix_weight import check_weights
+from .ops.logit_mix.arguments import TEMPERATURE_RANGE
 
 
 class MemoryMixtureConfig(PreTrainedConfig):
@@ -74,8 +75,11 @@ class MemoryMixtureConfig(PreTrainedConfig):
 
 
 def check_temperature(memory_temperature: float) -> float:
-    if not memory_temperature > 0.0:
-        raise ValueError(f"memory_temperature must be > 0, got {memory_temperature}")
+    low, high = TEMPERATURE_RANGE
+    if not low <= memory_temperature <= high:
+        raise ValueError(
+            f"memory_temperature must be > 0, within [{low:g}, {high:g}], got {memory_temperature}"
+        )
     return float(memory_temperature)
 
 

@@ -269,6 +269,7 @@ REFUSED = {
     "output_scores: ": {"output_scores": True, "return_dict_in_generate": True},
     "output_logits: ": {"output_logits": True, "return_dict_in_generate": True},
     "use_cache: ": {"use_cache": False},
+    "position_ids: the fast loop counts": {"position_ids": torch.arange(2, 6)[None]},
     "assistant_model: drafts come from the memory": {"assistant_model": tiny_model("gpt2")},
     "prompt_lookup_num_tokens: drafts come": {"prompt_lookup_num_tokens": 3},
     "seed: would be ignored by greedy": {"seed": 3},
@@ -286,6 +287,21 @@ def test_what_would_be_ignored_is_refused_before_any_compute(message, monkeypatc
     options = {**PLAIN, **FAST, **REFUSED[message]}
     with pytest.raises(ValueError, match=message):
         mixture.generate(torch.tensor(prompts()[:1]), **options)
+
+
+def test_positions_that_the_loop_would_count_itself_are_no_request():
+    mixture = double_mixture("llama", "gpt2")
+    ids, mask = left_padded(prompts())
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)
+    options = {"attention_mask": mask, **PLAIN, **FAST}
+    found = mixture.generate(ids, position_ids=positions, **options)
+    assert torch.equal(found, mixture.generate(ids, **options))
+
+
+def test_a_seed_that_is_no_number():
+    mixture = double_mixture("llama", "gpt2")
+    with pytest.raises(TypeError, match=r"seed: expected an int.*; got 1.5"):
+        mixture.generate(torch.tensor([[1]]), seed=1.5, **{**PLAIN, **FAST, **SAMPLE})
 
 
 def test_a_plain_model_is_refused():

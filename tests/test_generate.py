@@ -169,6 +169,7 @@ def test_top_k_one_is_greedy_at_any_temperature():
         ({"attention_mask": torch.zeros(1, 3)}, "no row may be all padding"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
         ({"temperature": float("nan")}, "temperature must be >= 0"),
+        ({"temperature": float("inf")}, "temperature must be >= 0 and finite"),
         ({"top_k": -1}, "top_k must be"),
         ({"top_p": 0.0}, "top_p must be"),
         ({"min_p": 1.5}, "min_p must be"),
@@ -192,8 +193,9 @@ def test_weights_and_temperatures_out_of_range():
     pair = tiny_model("llama"), tiny_model("gpt2")
     with pytest.raises(ValueError, match=r"mix_weight must be in \[0, 1\]"):
         MemoryMixture(*pair, mix_weight=-0.1)
-    with pytest.raises(ValueError, match="memory_temperature must be > 0"):
-        MemoryMixture(*pair, memory_temperature=0.0)
+    for temperature in (0.0, float("inf"), float("nan"), 1e-31):
+        with pytest.raises(ValueError, match="memory_temperature must be > 0"):
+            MemoryMixture(*pair, memory_temperature=temperature)
 
 
 @pytest.fixture(scope="module")
