@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+
 import torch
-from transformers import TextStreamer
+from transformers import GenerationConfig, TextStreamer
 
 from .fast_decode import fast_decode
 from .generate_checks import check_options
 from .mixture import MemoryMixture
 from .mixture_cache import CACHE
-from .models import load_tokenizer
+from .models import end_tokens, load_tokenizer
 from .train_config import DTYPES
 
 
@@ -29,8 +31,11 @@ def chat(
 
     Lines are user messages where the tokenizer has a chat template; else each is appended to the
     text so far. What the models have read stays in their cache, unless a template writes earlier
-    turns otherwise than they were generated. ValueError when the context is full.
+    turns otherwise than they were generated. Of the base's generation defaults only its end tokens
+    count. ValueError when the context is full.
     """
+    if sys.stdin is None:
+        raise ValueError("stdin: is closed, but chat reads its lines from there")
     tokenizer = load_tokenizer(base if tokenizer is None else tokenizer)
     sources = [base, *(memory if isinstance(memory, (list, tuple)) else [memory])]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
@@ -40,8 +45,11 @@ def chat(
     mixture = MemoryMixture.from_pretrained(base, memory, **loaded)
     if temperature == 0.0:
         del options["temperature"]
-    eos = tokenizer.eos_token_id
-    options |= {"eos_token_id": eos, "pad_token_id": eos or 0, "custom_generate": fast_decode}
+    else:
+        options["top_k"] = 0  # transformers would keep 50
+    ends = list(end_tokens(tokenizer, mixture))
+    mixture.generation_config = GenerationConfig(eos_token_id=ends or None)
+    options |= {"pad_token_id": ends[0] if ends else 0, "custom_generate": fast_decode}
     options |= {"return_dict_in_generate": True, "do_sample": temperature > 0.0}
     options["streamer"] = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     messages, read, cache = [], [], mixture.new_cache()

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -34,7 +34,7 @@ def decode(
     top_p: float = 1.0,
     min_p: float = 0.0,
     seed: int | Tensor = 0,
-    eos_token_id: int | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
     draft_tokens: int | Literal["auto"] = 0,
     on_token: TokenHook | None = None,
@@ -49,8 +49,8 @@ def decode(
         top_k, top_p, min_p: truncate the mixture before sampling; 0, 1 and 0 leave it whole.
         seed: an int, from which each row gets a stream by its place in the batch, or (B,) int64
             seeds; a row with a seed of its own draws the same tokens in any batch.
-        eos_token_id: ends a row; the end of the batch is the end of its last row.
-        pad_token_id: fills rows that ended early; None: the eos token.
+        eos_token_id: ends a row, or several that do; the end of the batch is that of its last row.
+        pad_token_id: fills rows that ended early; None: the (first) eos token.
         draft_tokens: how many tokens a memory drafts for one pass of the base; "auto" follows what
             is accepted. Faster where the memory is much smaller; the distribution stays the same.
         on_token: called with each (B,) of new tokens.
@@ -60,6 +60,7 @@ def decode(
     """
     mask = _check(mixture, input_ids, attention_mask, max_new_tokens)
     sampling = check_sampling(temperature, top_k, top_p, min_p)
+    eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
     request = Request(
         mixture=mixture,
         input_ids=input_ids,
@@ -68,8 +69,8 @@ def decode(
         cache=mixture.new_cache(),
         max_new_tokens=max_new_tokens,
         sampling=None if sampling is None else Sampling(stream_seeds(seed, input_ids), **sampling),
-        eos=() if eos_token_id is None else (eos_token_id,),
-        pad=(eos_token_id if pad_token_id is None else pad_token_id) or 0,
+        eos=eos,
+        pad=next(iter(eos), 0) if pad_token_id is None else pad_token_id,
         draft_tokens=draft_tokens,
         emit=on_token,
         keeps_cache=False,

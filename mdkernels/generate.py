@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
 from collections.abc import Sequence
 from typing import Any, TextIO
@@ -13,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from .decode import decode
 from .generate_checks import check_options
 from .mixture import MemoryMixture
-from .models import load_tokenizer
+from .models import end_tokens, load_tokenizer
 from .train_config import DTYPES
 
 
@@ -51,15 +53,18 @@ def generate(
         stream: where to write the text while it is made (one prompt only), for example sys.stdout.
         dtype: "float32" or "bfloat16" weights; live models keep theirs.
 
-    Texts end before the eos token. Raises ValueError before loading a model or writing to `stream`:
-    for an empty prompt, naming it, for one that with `max_new_tokens` exceeds a context, for values
-    that `MemoryMixture` and `decode` refuse, and for top_k, top_p and min_p at temperature 0, which
-    would ignore them.
+    Texts end before an end token, see `end_tokens`. Raises ValueError before loading a model or
+    writing to `stream`: for an empty prompt, naming it, for one that with `max_new_tokens` exceeds
+    a context, for values that `MemoryMixture` and `decode` refuse, and for top_k, top_p and min_p
+    at temperature 0, which would ignore them.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if tokenizer is None and isinstance(base, torch.nn.Module):
         raise ValueError("tokenizer: needed with a live base model, which carries none")
     tokenizer = load_tokenizer(base if tokenizer is None else tokenizer)
+    for text in texts:
+        if not text.isascii() and text != text.encode(errors="ignore").decode():
+            raise ValueError(f"prompts: {text!r} is not UTF-8 text")
     encoded = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     if not encoded:
         raise ValueError("prompts: got none; give at least one")
@@ -93,6 +98,7 @@ def generate(
         device=place,
         dtype=DTYPES[dtype],
     )
+    ends = end_tokens(tokenizer, mixture)
     models = {"mixture": mixture}
     if side_by_side:
         models = {"base": MemoryMixture(mixture.base, []), **models}
@@ -101,7 +107,7 @@ def generate(
     for name, model in models.items():
         printer = None
         if stream is not None:
-            printer = _Printer(tokenizer, encoded[0], stream, f"--- {name}\n{texts[0]}")
+            printer = _Printer(tokenizer, encoded[0], ends, stream, f"--- {name}\n{texts[0]}")
         tokens = decode(
             model,
             input_ids,
@@ -113,14 +119,14 @@ def generate(
             min_p=min_p,
             seed=seed,
             draft_tokens=draft_tokens if name == "mixture" else 0,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=ends,
             on_token=printer,
         )
         if printer is not None:
             printer.close()
         new = tokens[:, input_ids.shape[1] :].tolist()
         for result, prompt_ids, ids in zip(results, encoded, new, strict=True):
-            result[name] = _continuation(tokenizer, prompt_ids, ids)
+            result[name] = _continuation(tokenizer, prompt_ids, ids, ends)
     return results
 
 
@@ -134,17 +140,19 @@ class _Printer:
         self,
         tokenizer: PreTrainedTokenizerBase,
         prompt_ids: list[int],
+        ends: tuple[int, ...],
         stream: TextIO,
         header: str,
     ):
-        self.tokenizer, self.prompt_ids, self.stream = tokenizer, prompt_ids, stream
+        self.stream = stream
+        self.text = functools.partial(_continuation, tokenizer, prompt_ids, ends=ends)
         self.header = header
         self.ids: list[int] = []
         self.shown = 0
 
     def __call__(self, picked: Tensor) -> None:
         self.ids.append(int(picked[0]))
-        text = _continuation(self.tokenizer, self.prompt_ids, self.ids)
+        text = self.text(self.ids)
         if not text.endswith("\ufffd"):
             self._write(text)
 
@@ -155,19 +163,21 @@ class _Printer:
         self.shown = len(text)
 
     def close(self) -> None:
-        self._write(_continuation(self.tokenizer, self.prompt_ids, self.ids))
+        self._write(self.text(self.ids))
         self.stream.write("\n")
 
 
 def _continuation(
-    tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], new_ids: list[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    new_ids: list[int],
+    ends: tuple[int, ...],
 ) -> str:
-    """The text of `new_ids` up to eos, as it reads after the prompt.
+    """The text of `new_ids` up to the first of `ends`, as it reads after the prompt.
 
     Decoded together with the prompt: alone, a SentencePiece tokenizer would drop its first space.
     """
-    eos = tokenizer.eos_token_id
-    kept = new_ids[: new_ids.index(eos)] if eos in new_ids else new_ids
+    kept = list(itertools.takewhile(lambda token: token not in ends, new_ids))
     options = {"clean_up_tokenization_spaces": False}
     before = tokenizer.decode(prompt_ids, **options)
     return tokenizer.decode(prompt_ids + kept, **options)[len(before) :]

@@ -142,6 +142,18 @@ def model_hash(model: PreTrainedModel) -> str:
     return digest.hexdigest()
 
 
+def end_tokens(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> tuple[int, ...]:
+    """What ends a text: the tokenizer's eos first, and what the model's generation config names
+    beside it (an instruction-tuned one often has an end of turn and an end of text)."""
+    if tokenizer.eos_token_id is None:
+        return ()
+    named = model.generation_config.eos_token_id
+    named = named if isinstance(named, list) else [named]
+    # A config without the tokenizer's eos was left at the defaults of its family.
+    others = named if tokenizer.eos_token_id in named else []
+    return tuple(dict.fromkeys([tokenizer.eos_token_id, *others]))
+
+
 def tokenizer_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """Highest token id + 1; models may have more embedding rows, never fewer."""
     return max(tokenizer.get_vocab().values()) + 1

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from pipeline_fixtures import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from transformers import GenerationConfig
 
 from mdkernels import cli
 from mdkernels.chat import chat
@@ -62,6 +63,39 @@ def test_replies_are_those_of_decoding_the_whole_conversation(
     chat(*checkpoints, tokenizer=tokenizer, mix_weight=0.6, max_new_tokens=NEW)
     first, second = replies(tokenizer, encode)
     assert capsys.readouterr().out == f"> {first}\n> > {second}\n> \n"
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_generation_defaults_of_the_base_are_not_those_of_chat(
+    tmp_path, temperature, monkeypatch, capsys
+):
+    """But for what ends a reply. Instruction-tuned checkpoints come with such ones."""
+    base = save_tiny_checkpoint(tmp_path / "base", "llama")
+    memory = save_tiny_checkpoint(tmp_path / "memory", "gpt2", seed=1)
+    tokenizer, options = tiny_tokenizer(), {"max_new_tokens": 12, "temperature": temperature}
+    ids = tokenizer(LINES[0], add_special_tokens=False)["input_ids"]
+    mixture = MemoryMixture.from_pretrained(base, memory)
+    more = {} if temperature == 0.0 else {"seed": 1}
+    new = decode(mixture, torch.tensor([ids]), **options, **more)[0, len(ids) :].tolist()
+    end = new[5]
+    GenerationConfig(
+        do_sample=True,
+        eos_token_id=[0, end],
+        repetition_penalty=1.1,
+        temperature=0.7,
+        top_k=2,
+        top_p=0.8,
+    ).save_pretrained(base)
+    monkeypatch.setattr("sys.stdin", io.StringIO(LINES[0] + "\n"))
+    chat(base, memory, **options)
+    reply = tokenizer.decode(new[: new.index(end) + 1], skip_special_tokens=True)
+    assert capsys.readouterr().out == f"> {reply}\n> \n"
+
+
+def test_a_closed_stdin(checkpoints, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    with pytest.raises(ValueError, match="stdin: is closed"):
+        chat(*checkpoints)
 
 
 def test_the_models_read_each_token_once(checkpoints, monkeypatch):

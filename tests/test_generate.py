@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from pipeline_fixtures import FAMILIES, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from transformers import GenerationConfig
 
 from mdkernels.decode import decode
 from mdkernels.generate import generate
@@ -234,9 +235,29 @@ def test_streaming_shows_what_is_returned(checkpoints, draft_tokens):
     assert stream.getvalue() == f"--- mixture\n{PROMPTS[1]}{result['mixture']}\n"
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_every_end_that_the_checkpoint_names_ends_a_text(tmp_path, named):
+    """If the tokenizer's eos is among them: else they are defaults of the family."""
+    base = save_tiny_checkpoint(tmp_path / "base", "llama")
+    memory = save_tiny_checkpoint(tmp_path / "memory", "gpt2", seed=1)
+    (whole,) = generate(base, memory, PROMPTS[0], max_new_tokens=12)
+    ids = encode(PROMPTS[0])
+    tokens = greedy(tiny_model("llama"), [tiny_model("gpt2", seed=1)], ids, [0.5], 12)
+    end = tokens[len(ids) + 3]
+    GenerationConfig(eos_token_id=[0, end] if named else end).save_pretrained(base)
+    stream = io.StringIO()
+    (cut,) = generate(base, memory, PROMPTS[0], max_new_tokens=12, stream=stream)
+    kept = tokens[: tokens.index(end, len(ids))]
+    text = tiny_tokenizer().decode(kept) if named else PROMPTS[0] + whole["mixture"]
+    assert PROMPTS[0] + cut["mixture"] == text
+    assert stream.getvalue() == f"--- mixture\n{text}\n"
+
+
 def test_prompts_that_cannot_be_continued(checkpoints, tmp_path):
     with pytest.raises(ValueError, match="prompts: '' is empty"):
         generate(*checkpoints, ["the", ""])
+    with pytest.raises(ValueError, match=r"prompts: .* is not UTF-8 text"):
+        generate(*checkpoints, "caf\udce9")
     with pytest.raises(ValueError, match="prompts: got none"):
         generate(*checkpoints, [])
     for wrong in ({"temperature": -1.0}, {"max_new_tokens": 0}, {"draft_tokens": -1}):
