@@ -74,6 +74,14 @@ py::object mix_sample(int64_t rows, const Inputs& inputs, std::vector<double> we
   return report(fault);
 }
 
+py::object mix_choose(int64_t rows, const Inputs& inputs, std::vector<double> weights,
+                      const RowWeights& row_weights, double memory_temperature, uintptr_t seeds,
+                      uintptr_t offsets, uintptr_t out) {
+  const auto args = mix_args(rows, inputs, std::move(weights), row_weights, memory_temperature);
+  return report(mdk::mix_choose(args, pointer<int64_t>(seeds), pointer<int64_t>(offsets),
+                                pointer<float>(out)));
+}
+
 void mix_logprobs(int64_t rows, const Inputs& inputs, std::vector<double> weights,
                   const RowWeights& row_weights, double memory_temperature, uintptr_t tokens,
                   uintptr_t out, int threads) {
@@ -114,6 +122,7 @@ void bind_mix(py::module_& m) {
   m.def("logit_mix", &logit_mix);
   m.def("mix_argmax", &mix_argmax);
   m.def("mix_sample", &mix_sample);
+  m.def("mix_choose", &mix_choose);
   m.def("mix_logprobs", &mix_logprobs);
   m.def("mix_verify", &mix_verify);
 }

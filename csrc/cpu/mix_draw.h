@@ -8,7 +8,12 @@
 namespace mdk {
 
 // Philox streams of the high words; the low ones are next to them. See mix_sample/README.md.
-enum MixStream : uint32_t { kTokenStream = 0, kAcceptStream = 4, kResidualStream = 6 };
+enum MixStream : uint32_t {
+  kTokenStream = 0,
+  kComponentStream = 2,
+  kAcceptStream = 4,
+  kResidualStream = 6
+};
 
 struct MixDraw {
   const MixArgs& args;

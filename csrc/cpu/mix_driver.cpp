@@ -18,27 +18,27 @@ constexpr int64_t kElementsPerThread = 8192;
 // Stores that bypass the caches pay once the output no longer fits the second-level caches.
 constexpr int64_t kStreamBytes = 4 << 20;
 
-// One per input. The sum of fp32 weights is rounded to fp32, so that weights like (0.7, 0.2, 0.1)
+}  // namespace
+
+// The sum of fp32 weights is rounded to fp32, so that weights like (0.7, 0.2, 0.1)
 // leave the base exactly nothing.
-void weights_of(const MixArgs& args, int64_t row, double* weights) {
-  if (args.row_weights == nullptr) {
-    std::copy(args.weights.begin(), args.weights.end(), weights);
+void MixArgs::weights_of(int64_t row, double* out) const {
+  if (row_weights == nullptr) {
+    std::copy(weights.begin(), weights.end(), out);
     return;
   }
   double sum = 0.0;
-  for (int k = 1; k < args.count(); ++k) {
-    weights[k] = args.row_weights[row * args.weight_stride + (k - 1) * args.weight_step];
-    sum += weights[k];
+  for (int k = 1; k < count(); ++k) {
+    out[k] = row_weights[row * weight_stride + (k - 1) * weight_step];
+    sum += out[k];
   }
-  weights[0] = std::max(0.0, 1.0 - static_cast<float>(sum));
+  out[0] = std::max(0.0, 1.0 - static_cast<float>(sum));
 }
 
-}  // namespace
-
 void MixArgs::needed(int64_t row, bool all, bool base, bool* flags) const {
-  double weights[kMixTerms];
-  weights_of(*this, row, weights);
-  for (int k = 0; k < count(); ++k) flags[k] = all || weights[k] > 0.0 || (base && k == 0);
+  double shares[kMixTerms];
+  weights_of(row, shares);
+  for (int k = 0; k < count(); ++k) flags[k] = all || shares[k] > 0.0 || (base && k == 0);
 }
 
 Fault check_mix_weights(const MixArgs& args) {
@@ -78,7 +78,7 @@ void MixScratch::sum(const MixArgs& args, int64_t row, const bool* needed, int64
 MixRow::MixRow(const MixArgs& args, int64_t row, const bool* needed, const MixScratch& scratch)
     : count(0), valid(true) {
   double weights[kMixTerms];
-  weights_of(args, row, weights);
+  args.weights_of(row, weights);
   for (int k = 0; k < args.count(); ++k) {
     if (!needed[k]) continue;
     const MixInput& in = args.inputs[k];

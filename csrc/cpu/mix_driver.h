@@ -31,6 +31,8 @@ struct MixArgs {
 
   int count() const { return static_cast<int>(inputs.size()); }
   int64_t blocks() const { return (width + kMixBlock - 1) / kMixBlock; }
+  // One per input, adding up to 1.
+  void weights_of(int64_t row, double* out) const;
   // Which inputs have to be read for a row: those with a weight, and those the caller wants.
   void needed(int64_t row, bool all, bool base, bool* flags) const;
 };

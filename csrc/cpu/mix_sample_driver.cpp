@@ -99,6 +99,29 @@ Fault mix_sample(const MixArgs& args, const MixSampleArgs& sample, int requested
   return no_fault;
 }
 
+Fault mix_choose(const MixArgs& args, const int64_t* seeds, const int64_t* offsets, float* out) {
+  if (Fault fault = check_mix_weights(args); fault.what) return fault;
+  const int models = args.count();
+  for (int64_t row = 0; row < args.rows; ++row) {
+    double shares[kMixTerms];
+    args.weights_of(row, shares);
+    int chosen = 0;
+    double first = std::numeric_limits<double>::infinity();
+    for (int k = 0; k < models; ++k) {
+      const double clock =
+          kernels().mix.exponential(static_cast<uint64_t>(seeds[row]),
+                                    static_cast<uint64_t>(offsets[row]), kComponentStream, k) /
+          shares[k];
+      if (clock < first) {
+        first = clock;
+        chosen = k;
+      }
+    }
+    for (int k = 1; k < models; ++k) *out++ = k == chosen ? 1.0f : 0.0f;
+  }
+  return no_fault;
+}
+
 void mix_logprobs(const MixArgs& args, const int64_t* tokens, float* out, int requested) {
   const int terms = args.count();
   const auto finish = [&](int64_t row, const bool* needed, const MixScratch& sums) {

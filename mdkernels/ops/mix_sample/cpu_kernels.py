@@ -6,7 +6,6 @@ from torch import Tensor
 from .. import native
 from ..logit_mix.arguments import raise_row_fault
 from ..logit_mix.cpu_kernels import DTYPES, mixture
-from .reference import choose  # a few numbers per row
 
 __all__ = ["DTYPES", "choose", "forward", "logprobs"]
 
@@ -40,6 +39,22 @@ def forward(
     )
     raise_row_fault(fault, row_weights)
     return tokens
+
+
+def choose(
+    base_logits, memory_logits, row_weights, weights, memory_temperature, seeds, offsets
+) -> Tensor:
+    seeds, offsets = seeds.contiguous(), offsets.contiguous()
+    out = base_logits.new_empty((base_logits.shape[0], len(memory_logits)), dtype=torch.float32)
+    fault = native.load("_cpu").module.mix_choose(
+        *mixture(base_logits, memory_logits, row_weights, weights),
+        memory_temperature,
+        seeds.data_ptr(),
+        offsets.data_ptr(),
+        out.data_ptr(),
+    )
+    raise_row_fault(fault, row_weights)
+    return out
 
 
 def logprobs(
