@@ -246,6 +246,8 @@ def _check_ignored(mixture, config: GenerationConfig | None, kwargs: dict[str, A
             setattr(explicit, name, value)
     given = {**vars(explicit), **kwargs}
     given = {name for name, value in given.items() if value is not None and value is not False}
+    if "is_assistant" in given:  # called by transformers, which hands on all that it has
+        given = set()
     for name in sorted(given & set(_IGNORED)):
         raise ValueError(f"{name}: {_IGNORED[name]}")
     for name in sorted(given & set(_NEEDS)):

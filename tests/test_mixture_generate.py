@@ -77,7 +77,8 @@ def test_a_left_padded_batch_equals_each_row_alone(mixture, mode):
 
 def test_assisted(mixture):
     row = prompts()[1]
-    for assistant in (mixture.memories[0], mixture.base):
+    other = MemoryMixture(mixture.base, mixture.memories, 0.2)
+    for assistant in (mixture.memories[0], mixture.base, other):
         for options in ({}, {"mix_weight": 0.2}):
             found = mixture.generate(
                 torch.tensor([row]),
