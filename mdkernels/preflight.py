@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from . import checkpoint
 from .artifact import PARTIAL, ArtifactError, digest
 from .artifact_writer import PROGRESS
-from .models import load_tokenizer
+from .models import load_tokenizer, model_id
 from .scoring import check_scorable
 from .seal import find_damage
 from .tokenizer_check import check_tokenizers, check_trained
@@ -29,6 +30,16 @@ def check_model(model, corpus, block: int) -> None:
                 "pass model.float() and ask for dtype bfloat16 instead"
             )
     check_scorable(model, corpus, block)
+    with TemporaryDirectory() as scratch:
+        try:
+            model.config.save_pretrained(scratch)
+            if model.can_generate():
+                model.generation_config.save_pretrained(scratch)
+        except ValueError as error:
+            raise ValueError(
+                f"model {model_id(model)}: transformers refuses to save its configuration, "
+                f"and would at the first checkpoint: {error}"
+            ) from error
 
 
 def tokenizer_of(config: TrainConfig, corpus):
