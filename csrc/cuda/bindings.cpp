@@ -22,6 +22,8 @@ using Operator = void (*)(Arguments&);
 
 // One declaration and one line of kOperators per operator; each is defined in its <op>.cu.
 void sparse_kl(Arguments&);
+void loss_coefs(Arguments&);
+void loss_sums(Arguments&);
 void scale_rows(Arguments&);
 void token_logprobs(Arguments&);
 void logit_mix(Arguments&);
@@ -40,6 +42,8 @@ struct Entry {
 // clang-format off
 constexpr Entry kOperators[] = {
     {"sparse_kl", sparse_kl},
+    {"loss_coefs", loss_coefs},
+    {"loss_sums", loss_sums},
     {"scale_rows", scale_rows},
     {"token_logprobs", token_logprobs},
     {"logit_mix", logit_mix},

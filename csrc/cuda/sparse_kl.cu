@@ -27,8 +27,8 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
     r.last_entry = a.row_offsets == nullptr ? 0 : a.row_offsets[row + 1];
     const double saved = a.lse_known ? a.lse[row] : 0.0;
     Terms t;
-    t.kl_coef = r.grad == nullptr ? 0.0f : a.kl_coef[row];
-    t.ce_coef = r.grad == nullptr ? 0.0f : a.ce_coef[row];
+    t.kl_coef = r.grad == nullptr ? 0.0f : a.kl_coef[row * a.coef_stride];
+    t.ce_coef = r.grad == nullptr ? 0.0f : a.ce_coef[row * a.coef_stride];
     r.label = a.labels == nullptr ? -1 : a.labels[row];
     if (a.labels != nullptr && r.label == a.ignore_index) {
       if (r.grad != nullptr) write_zeros(r.grad, a.vocab);
@@ -202,6 +202,7 @@ void sparse_kl(Arguments& in) {
   a.grad_stride = in.integer();
   a.kl_coef = in.pointer<float>();
   a.ce_coef = in.pointer<float>();
+  a.coef_stride = in.integer();
   Grid grid;
   grid.threads = static_cast<int>(in.integer());
   grid.cluster = static_cast<int>(in.integer());

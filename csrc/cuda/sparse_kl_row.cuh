@@ -27,9 +27,10 @@ struct SparseKL {
   bool lse_known;
   void* grad;  // null: losses only. May be the logits themselves.
   int64_t grad_stride;
-  const float* kl_coef;  // (rows) d(total)/d(kl_row)
+  const float* kl_coef;  // d(total)/d(kl_row)
   const float* ce_coef;
-  int chunk;  // 16-byte blocks of a row in shared memory at a time
+  int64_t coef_stride;  // 0: one for all rows
+  int chunk;            // 16-byte blocks of a row in shared memory at a time
 };
 
 struct Shared {
