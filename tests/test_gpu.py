@@ -330,7 +330,7 @@ def registered_calls():
     return {
         "sparse_kl_forward": (z, *sparse),
         "sparse_kl_backward": (z, *sparse, lse, *coefs),
-        "sparse_kl_forward_backward_": (z.clone(), *sparse, *coefs),
+        "sparse_kl_loss_grad_": (z.clone(), *sparse, 0.3, "mean"),
         "sparse_kl_scale_": (z.clone(), torch.tensor(0.5, device=DEVICE)),
         "token_logprobs_forward": (z, labels, -100),
         "token_logprobs_backward": (z, labels, -100, lse, coefs[0]),
