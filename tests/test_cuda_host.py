@@ -13,7 +13,7 @@ from test_token_logprobs import check as check_logprobs
 from test_token_logprobs import solved as solved_logprobs
 from tolerances import Expected
 
-from mdkernels import SparseTargets, sparse_kl, token_logprobs
+from mdkernels import SparseTargets, knn_targets, sparse_kl, token_logprobs
 from mdkernels.ops import native
 from mdkernels.ops.sparse_kl import cuda_kernels as loss_kernels
 from mdkernels.ops.sparse_kl.reduction import loss_grad_through
@@ -177,3 +177,15 @@ def test_a_launch_the_device_refuses_names_the_operator(variant, monkeypatch):
         token_logprobs(p.logits, p.labels, backend="cuda")
     with pytest.raises(ValueError, match="too few arguments"):
         native.load("_cuda").module.sparse_kl(0, 0, 1)
+
+
+def test_every_launch_names_the_operator_it_belongs_to(variant, monkeypatch):
+    """Also of several kernels: a device without shared memory refuses them all."""
+    monkeypatch.setenv("MDK_SHIM_DEVICE", "90,4,16")
+    p = problem("normal", 2, 33, torch.float32)
+    sparse = (p.targets.row_offsets, p.targets.token_ids, p.targets.probs, p.labels, -100)
+    with pytest.raises(RuntimeError, match=r"sparse_kl.*: invalid launch"):
+        loss_kernels.loss_grad_(p.logits, *sparse, 0.5, "mean")
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"knn_targets.*: invalid launch"):
+        knn_targets(torch.rand(2, 3), ids, ids[0], temperature=1.0, backend="cuda")

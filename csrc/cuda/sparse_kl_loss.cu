@@ -27,7 +27,7 @@ struct LossCoefs {
   float* out;  // d(loss)/d(kl_row), d(loss)/d(ce_row), what the sums are divided by
 };
 
-__global__ void __launch_bounds__(kThreads) loss_coefs_kernel(const LossCoefs a) {
+__global__ void __launch_bounds__(kThreads) coefs_kernel(const LossCoefs a) {
   int64_t valid = 0;
   if (a.mean && a.labels != nullptr)
     for (int64_t row = thread_index(); row < a.rows; row += thread_count())
@@ -53,7 +53,7 @@ struct LossSums {
   float* ce_out;
 };
 
-__global__ void __launch_bounds__(kThreads) loss_sums_kernel(const LossSums a) {
+__global__ void __launch_bounds__(kThreads) sums_kernel(const LossSums a) {
   double kl = 0.0, ce = 0.0;
   for (int64_t row = thread_index(); row < a.rows; row += thread_count()) {
     kl += static_cast<double>(a.kl[row]);
@@ -83,7 +83,7 @@ Grid one_block(Arguments& in) {
 
 }  // namespace
 
-void loss_coefs(Arguments& in) {
+void sparse_kl_coefs(Arguments& in) {
   LossCoefs a;
   a.labels = in.pointer<int64_t>();
   a.rows = in.integer();
@@ -93,10 +93,10 @@ void loss_coefs(Arguments& in) {
   a.ce_weight = static_cast<float>(in.real());
   a.out = in.pointer<float>();
   in.done();
-  launch<loss_coefs_kernel>(one_block(in), a);
+  launch<coefs_kernel>(one_block(in), a);
 }
 
-void loss_sums(Arguments& in) {
+void sparse_kl_sums(Arguments& in) {
   LossSums a;
   a.kl = in.pointer<float>();
   a.ce = in.pointer<float>();
@@ -108,7 +108,7 @@ void loss_sums(Arguments& in) {
   a.kl_out = in.pointer<float>();
   a.ce_out = in.pointer<float>();
   in.done();
-  launch<loss_sums_kernel>(one_block(in), a);
+  launch<sums_kernel>(one_block(in), a);
 }
 
 }  // namespace mdk

@@ -48,7 +48,7 @@ def loss_grad_(
     rows, weights = logits.shape[0], (kl_weight, 1.0 - kl_weight)
     labels = None if labels is None else labels.contiguous()
     kl_coef, ce_coef, count = coefs = logits.new_empty(3, dtype=torch.float32)
-    native_ops.loss_coefs(
+    native_ops.sparse_kl_coefs(
         *where,
         native.address(labels),
         rows,
@@ -63,7 +63,7 @@ def loss_grad_(
     if reduction == "none":
         return combine(kl, ce, labels, ignore_index, kl_weight, reduction)
     sums = tuple(logits.new_empty((), dtype=torch.float32) for _ in range(3))
-    native_ops.loss_sums(
+    native_ops.sparse_kl_sums(
         *where,
         kl.data_ptr(),
         ce.data_ptr(),
