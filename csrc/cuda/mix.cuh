@@ -163,7 +163,9 @@ __device__ MaxSum mix_thread_sum(const T* x, int64_t width, float slope, int pie
       add_scaled<kAtOnce * kPer>(acc, values, slope);
     }
   }
-  if (whole < size && begin + whole > 0 && whole % step == thread_index()) edge(whole);
+  // A piece behind the end of the row has a negative size.
+  if (whole >= 0 && whole < size && begin + whole > 0 && whole % step == thread_index())
+    edge(whole);
   return acc;
 }
 
