@@ -58,7 +58,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 
 @pytest.mark.interpreted(
-    backend="triton", strided=True, name=["sparse_kl_forward_backward_", "token_logprobs_backward"]
+    backend="triton", strided=True, name=["sparse_kl_loss_grad_", "token_logprobs_backward"]
 )
 @pytest.mark.parametrize(("backend", "dtype"), RUNS)
 @pytest.mark.parametrize("strided", [False, True], ids=["packed", "strided"])

@@ -13,9 +13,10 @@ from test_token_logprobs import check as check_logprobs
 from test_token_logprobs import solved as solved_logprobs
 from tolerances import Expected
 
-from mdkernels import SparseTargets, sparse_kl, token_logprobs
+from mdkernels import SparseTargets, knn_targets, sparse_kl, token_logprobs
 from mdkernels.ops import native
 from mdkernels.ops.sparse_kl import cuda_kernels as loss_kernels
+from mdkernels.ops.sparse_kl.reduction import loss_grad_through
 from mdkernels.ops.token_logprobs import cuda_kernels as logprob_kernels
 
 OP = "sparse_kl"
@@ -133,10 +134,33 @@ def test_rows_beyond_32_bits(variant, monkeypatch):
     expected.check_grad(logits * torch.tensor([[1.0], [-0.5]]).bfloat16(), variant)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("kl_weight", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("labelled", ["some", "none", "without"])
+def test_factors_and_sums_of_a_step(variant, reduction, kl_weight, labelled):
+    """Two launches instead of some fifteen of torch, with the same bits in the gradient."""
+    p = problem("peaked", 700, 5, F32)
+    labels = {"some": p.labels, "none": torch.full_like(p.labels, -100), "without": None}[labelled]
+    sparse = (p.targets.row_offsets, p.targets.token_ids, p.targets.probs, labels, -100)
+    wanted, found = p.logits.clone(), p.logits.clone()
+    kernel = loss_kernels.forward_backward_
+    losses = loss_grad_through(kernel, wanted, *sparse, kl_weight, reduction)
+    fused = loss_kernels.loss_grad_(found, *sparse, kl_weight, reduction)
+    assert torch.equal(found, wanted)
+    torch.testing.assert_close(fused, losses, rtol=1e-6, atol=0.0)
+
+
+def test_a_step_without_rows(variant):
+    ids = torch.empty(0, dtype=torch.int32)
+    sparse = (torch.zeros(1, dtype=torch.int64), ids, ids.float(), ids.long(), -100)
+    losses = loss_kernels.loss_grad_(torch.empty(0, 7), *sparse, 0.5, "mean")
+    assert [float(x) for x in losses] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("factor", [1.0, -0.75, float("nan")])
 @pytest.mark.parametrize("per_row", [False, True])
 def test_scale(variant, dtype, factor, per_row):
-    for vocab in (1, 7, 33, 1001):
+    for vocab in (1, 7, 33, 1001, 9001):
         frame = Frame(torch.randn(5, vocab).to(dtype))
         before = frame.view.clone()
         scale = torch.tensor(factor)
@@ -153,3 +177,15 @@ def test_a_launch_the_device_refuses_names_the_operator(variant, monkeypatch):
         token_logprobs(p.logits, p.labels, backend="cuda")
     with pytest.raises(ValueError, match="too few arguments"):
         native.load("_cuda").module.sparse_kl(0, 0, 1)
+
+
+def test_every_launch_names_the_operator_it_belongs_to(variant, monkeypatch):
+    """Also of several kernels: a device without shared memory refuses them all."""
+    monkeypatch.setenv("MDK_SHIM_DEVICE", "90,4,16")
+    p = problem("normal", 2, 33, torch.float32)
+    sparse = (p.targets.row_offsets, p.targets.token_ids, p.targets.probs, p.labels, -100)
+    with pytest.raises(RuntimeError, match=r"sparse_kl.*: invalid launch"):
+        loss_kernels.loss_grad_(p.logits, *sparse, 0.5, "mean")
+    ids = torch.zeros(2, 3, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"knn_targets.*: invalid launch"):
+        knn_targets(torch.rand(2, 3), ids, ids[0], temperature=1.0, backend="cuda")

@@ -175,6 +175,22 @@ def test_graph_of_a_step_in_place(op, backend):
         assert same(found, call.in_place(fresh))
 
 
+@pytest.mark.skipif(("sparse_kl", "cuda") not in BACKENDS, reason="the extension is not built")
+def test_launches_of_a_step_in_place():
+    """The factors, the kernel, the sums, and in the backward the look at the upstream gradient."""
+    call = Call("sparse_kl", "cuda")
+    z = call.inputs[0].clone()
+    call.in_place(z)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call.in_place(z)
+        torch.cuda.synchronize()
+    kind = torch.profiler.DeviceType.CUDA
+    names = [event.name for event in profile.events() if event.device_type == kind]
+    assert sum("_kernel" in name for name in names if "mdk::" in name) == 4, names
+    assert len(names) <= 5, names  # torch makes the upstream gradient, a 1
+
+
 @pytest.fixture
 def no_synchronisation():
     """A context in which torch makes waiting for the device an error."""
@@ -314,7 +330,7 @@ def registered_calls():
     return {
         "sparse_kl_forward": (z, *sparse),
         "sparse_kl_backward": (z, *sparse, lse, *coefs),
-        "sparse_kl_forward_backward_": (z.clone(), *sparse, *coefs),
+        "sparse_kl_loss_grad_": (z.clone(), *sparse, 0.3, "mean"),
         "sparse_kl_scale_": (z.clone(), torch.tensor(0.5, device=DEVICE)),
         "token_logprobs_forward": (z, labels, -100),
         "token_logprobs_backward": (z, labels, -100, lse, coefs[0]),

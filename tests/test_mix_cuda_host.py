@@ -27,7 +27,7 @@ LAUNCHES = [
     ((64, 2), "backwards", "shared"),
     ((96, 3), "forwards", "scratch"),
     ((32, 8), "backwards", "shared"),
-    ((384, 1), "forwards", "scratch"),
+    ((320, 1), "forwards", "scratch"),
 ]
 FILTERS = [
     {},
@@ -177,3 +177,17 @@ def test_results_depend_on_no_neighbour():
         alone = mix_sample(base[one], memory[one], 0.3, seeds=torch.tensor([row]), **options)
         assert torch.equal(alone, want[one])
         assert torch.equal(logit_mix(base[one], memory[one], 0.3, backend="cuda"), mixed[one])
+
+
+@pytest.mark.parametrize("pieces", [2, 8])
+def test_logprobs_depend_on_no_number_of_blocks(pieces, monkeypatch):
+    """A row of few has a block per piece, one of many a block for all of them."""
+    monkeypatch.setattr(kernels, "LAUNCH", (64, pieces))
+    base, memory = pair(30, 1031, torch.bfloat16)
+    tokens = torch.arange(30) * 34
+    assert [sample_kernels.blocks_of_a_row(base[:n], pieces) for n in (1, 30)] == [pieces, 1]
+    many = sample_kernels.logprobs(base, [memory], None, [0.7, 0.3], 1.1, tokens)
+    for row in (0, 17, 29):
+        one = slice(row, row + 1)
+        alone = (base[one], [memory[one]], None, [0.7, 0.3], 1.1, tokens[one])
+        assert torch.equal(sample_kernels.logprobs(*alone), many[one])

@@ -22,6 +22,8 @@ using Operator = void (*)(Arguments&);
 
 // One declaration and one line of kOperators per operator; each is defined in its <op>.cu.
 void sparse_kl(Arguments&);
+void sparse_kl_coefs(Arguments&);
+void sparse_kl_sums(Arguments&);
 void scale_rows(Arguments&);
 void token_logprobs(Arguments&);
 void logit_mix(Arguments&);
@@ -30,8 +32,8 @@ void mix_sample(Arguments&);
 void mix_logprobs(Arguments&);
 void mix_choose(Arguments&);
 void mix_verify(Arguments&);
-void knn_merge(Arguments&);
-void knn_pack(Arguments&);
+void knn_targets_merge(Arguments&);
+void knn_targets_pack(Arguments&);
 
 struct Entry {
   const char* name;
@@ -40,6 +42,8 @@ struct Entry {
 // clang-format off
 constexpr Entry kOperators[] = {
     {"sparse_kl", sparse_kl},
+    {"sparse_kl_coefs", sparse_kl_coefs},
+    {"sparse_kl_sums", sparse_kl_sums},
     {"scale_rows", scale_rows},
     {"token_logprobs", token_logprobs},
     {"logit_mix", logit_mix},
@@ -48,8 +52,8 @@ constexpr Entry kOperators[] = {
     {"mix_logprobs", mix_logprobs},
     {"mix_choose", mix_choose},
     {"mix_verify", mix_verify},
-    {"knn_merge", knn_merge},
-    {"knn_pack", knn_pack},
+    {"knn_targets_merge", knn_targets_merge},
+    {"knn_targets_pack", knn_targets_pack},
 };
 // clang-format on
 

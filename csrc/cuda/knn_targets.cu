@@ -256,7 +256,7 @@ void start(const KnnTargets& a, Grid& grid) {
 
 }  // namespace
 
-void knn_merge(Arguments& in) {
+void knn_targets_merge(Arguments& in) {
   KnnTargets a;
   a.distances = in.pointer<float>();
   a.distance_stride = in.integer();
@@ -283,7 +283,7 @@ void knn_merge(Arguments& in) {
     start<8>(a, grid);
 }
 
-void knn_pack(Arguments& in) {
+void knn_targets_pack(Arguments& in) {
   Pack a;
   a.keys = in.pointer<int64_t>();
   a.rows = in.integer();

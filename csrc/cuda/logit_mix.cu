@@ -11,7 +11,15 @@ struct LogitMix {
   float* out;  // (rows, width)
 };
 
-__global__ void __launch_bounds__(kMixThreads, 2)
+constexpr int kTogether = 8;  // columns at a time
+
+__device__ __forceinline__ int columns_before(const MixModel& m, int64_t row) {
+  const void* x = row_of(m, row);
+  return m.dtype == kF32 ? misalignment(static_cast<const float*>(x))
+                         : misalignment(static_cast<const bf16*>(x));
+}
+
+__global__ void __launch_bounds__(kMixThreads, 3)
     logit_mix_kernel(const __grid_constant__ LogitMix a) {
   MixShared& s = *reinterpret_cast<MixShared*>(shared_memory());
   const int64_t step = block_count() / cluster_size();
@@ -20,21 +28,27 @@ __global__ void __launch_bounds__(kMixThreads, 2)
     const bool valid = mix_terms(a.mix, row, s, false, a.base_scale ? 0 : -1);
     float shift = valid ? 0.0f : NAN;
     if (a.base_scale) shift += s.terms[0].max + s.terms[0].log_sum;
-    const Columns mine = my_columns(a.mix.width);
-    float* out = a.out + row * a.mix.width;
-    for (int64_t c = mine.begin + kQuad * thread_index(); c < mine.end;
-         c += kQuad * thread_count()) {
-      float p[kQuad];
-      mix_quad(a.mix, s, row, c, p);
+    // Counted from the 16-byte boundary at or below the row of the first model: of contiguous rows
+    // of one width, every model's and the output's accesses are then aligned, whatever the width.
+    const int before = columns_before(a.mix.models[0], row);
+    const Columns mine = my_columns<kTogether>(a.mix.width + before);
+    float* out = a.out + row * a.mix.width - before;
+    for (int64_t c = mine.begin + kTogether * thread_index(); c < mine.end;
+         c += kTogether * thread_count()) {
+      float p[kTogether];
+      mix_columns<kTogether>(a.mix, s, row, c - before, p);
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i) p[i] += shift;
-      if (c + kQuad <= mine.end && reinterpret_cast<uintptr_t>(out + c) % 16 == 0) {
-        store16_once(out + c, pack<float>(p));
+      for (int i = 0; i < kTogether; ++i) p[i] += shift;
+      if (c >= before && c + kTogether <= mine.end &&
+          reinterpret_cast<uintptr_t>(out + c) % 16 == 0) {
+#pragma unroll
+        for (int i = 0; i < kTogether; i += kPerVec<float>)
+          store16_once(out + c + i, pack<float>(p + i));
         continue;
       }
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i)
-        if (c + i < mine.end) out[c + i] = p[i];
+      for (int i = 0; i < kTogether; ++i)
+        if (c + i >= before && c + i < mine.end) out[c + i] = p[i];
     }
     cluster_sync();  // the next row reuses the shared memory
   }

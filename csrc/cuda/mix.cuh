@@ -1,9 +1,10 @@
 // What the mixture operators share: weights, the normaliser of every model in one read, and the
 // mixture at four columns. Derivation: mdkernels/ops/logit_mix/README.md.
 //
-// A row belongs to a cluster of blocks. Sums are formed per thread, then in a warp, a block and the
-// cluster, always in the same order; the shape of the launch depends on the width of a row alone,
-// so a result does not depend on the batch it is in.
+// A row belongs to a cluster of blocks. It is summed up in pieces, one or more per block: per
+// thread, then in a warp, a block and over the pieces, always in the same order. Their number and
+// that of the threads depend on the width of a row alone, so a result does not depend on the batch
+// it is in.
 #pragma once
 #include "launch.h"
 #include "online_softmax.cuh"
@@ -11,7 +12,7 @@
 namespace mdk {
 
 constexpr int kMostModels = 16;
-constexpr int kMixThreads = 384;  // at most: two blocks leave a thread 80 registers
+constexpr int kMixThreads = 320;  // at most: three blocks leave a thread 64 registers
 constexpr int kMixWarps = kMixThreads / kWarp;
 constexpr double kWeightSlack = 1e-6;  // as WEIGHT_SLACK of arguments.py
 
@@ -72,7 +73,7 @@ __device__ __forceinline__ Best<K> better(Best<K> a, Best<K> b) {
 
 struct MixShared {
   double best_keys[kMixWarps], rank_keys[2][kMostBlocks];
-  RowSum ranks[kMostModels][kMostBlocks];
+  RowSum pieces[kMostModels][kMostBlocks];
   MaxSum warps[kMostModels][kMixWarps];
   MixTerm terms[kMostModels];
   float weights[kMostModels];
@@ -98,6 +99,14 @@ __device__ __forceinline__ MaxSum warp_merge(MaxSum mine, float slope) {
   return mine;
 }
 
+template <class T>
+__device__ __forceinline__ Vec16 all_minus_infinity() {
+  float x[kPerVec<T>];
+#pragma unroll
+  for (int i = 0; i < kPerVec<T>; ++i) x[i] = -INFINITY;
+  return pack<T>(x);
+}
+
 template <int kCount>
 __device__ __forceinline__ void add_scaled(MaxSum& acc, const float* x, float slope) {
   float top = x[0];
@@ -111,49 +120,52 @@ __device__ __forceinline__ void add_scaled(MaxSum& acc, const float* x, float sl
   acc.max = max;
 }
 
-// This thread's part of a row, in 16-byte blocks of memory (see misalignment()). Each block of the
-// cluster takes a contiguous share, which its second look then finds in the nearest cache.
+// This thread's part of a piece, in 16-byte blocks of memory (see misalignment()). A piece is a
+// contiguous share of the row, which the second look of its block then finds in the nearest cache.
 template <class T>
-__device__ MaxSum mix_thread_sum(const T* x, int64_t width, float slope) {
-  constexpr int kPer = kPerVec<T>, kAtOnce = 16 / kPer;
+__device__ MaxSum mix_thread_sum(const T* x, int64_t width, float slope, int piece, int pieces) {
+  // kAtOnce 16-byte blocks share a rescaling exponential, kLoads of them are on their way.
+  constexpr int kPer = kPerVec<T>, kAtOnce = 16 / kPer, kLoads = 4;
   const int shift = misalignment(x);
   const int64_t vectors = (width + shift + kPer - 1) / kPer;
-  const int64_t share = (vectors + cluster_size() - 1) / cluster_size();
-  const int64_t begin = cluster_rank() * share;
-  const int64_t end = begin + share < vectors ? begin + share : vectors;
-  const T* aligned = x - shift;
+  const int64_t share = (vectors + pieces - 1) / pieces;
+  const int64_t begin = piece * share, left = vectors - begin;
+  const int size = static_cast<int>(left < share ? left : share);
+  const int whole = size < left ? size : size - 1;  // without the last block of the row
+  const T* from = x - shift + begin * kPer;
   MaxSum acc;
   float values[kAtOnce * kPer];
-  const auto edge = [&](int64_t v) {
+  const auto edge = [&](int v) {
     for (int i = 0; i < kPer; ++i) {
-      const int64_t column = v * kPer - shift + i;
+      const int64_t column = (begin + v) * kPer - shift + i;
       values[i] = column >= 0 && column < width ? to_float(x[column]) : -INFINITY;
     }
     add_scaled<kPer>(acc, values, slope);
   };
   const int step = thread_count();
-  int64_t v = begin + thread_index();
-  if (v == 0 && v < end) {
+  int v = thread_index();
+  if (begin == 0 && v == 0) {
     edge(v);
     v += step;
   }
-  for (; v + (kAtOnce - 1) * step < end && v + (kAtOnce - 1) * step < vectors - 1;
-       v += kAtOnce * step) {
-    Vec16 raw[kAtOnce];
+  // The last round is filled up with -inf, which adds nothing: all of its loads are on their way.
+  const Vec16 nothing = all_minus_infinity<T>();
+  for (; v < whole; v += kLoads * step) {
+    Vec16 raw[kLoads];
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) raw[i] = load16(aligned + (v + i * step) * kPer);
+    for (int i = 0; i < kLoads; ++i)
+      raw[i] = v + i * step < whole ? load16(from + (v + i * step) * kPer) : nothing;
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) unpack<T>(raw[i], values + i * kPer);
-    add_scaled<kAtOnce * kPer>(acc, values, slope);
-  }
-  for (; v < end; v += step) {
-    if (v == vectors - 1) {
-      edge(v);
-      continue;
+    for (int i = 0; i < kLoads; i += kAtOnce) {
+      if (v + i * step >= whole) break;
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) unpack<T>(raw[i + k], values + k * kPer);
+      add_scaled<kAtOnce * kPer>(acc, values, slope);
     }
-    unpack<T>(load16(aligned + v * kPer), values);
-    add_scaled<kPer>(acc, values, slope);
   }
+  // A piece behind the end of the row has a negative size.
+  if (whole >= 0 && whole < size && begin + whole > 0 && whole % step == thread_index())
+    edge(whole);
   return acc;
 }
 
@@ -161,12 +173,13 @@ __device__ __forceinline__ const void* row_of(const MixModel& m, int64_t row) {
   return static_cast<const char*>(m.x) + row * m.stride * (m.dtype == kF32 ? 4 : 2);
 }
 
-__device__ __forceinline__ MaxSum mix_model_sum(const MixModel& m, int64_t row) {
+__device__ __forceinline__ MaxSum mix_model_sum(const MixModel& m, int64_t row, float slope,
+                                                int piece, int pieces) {
+  const auto sum = [&](auto* x) { return mix_thread_sum(x, m.width, slope, piece, pieces); };
   const void* x = row_of(m, row);
-  const float slope = m.scale * kLog2E;
-  if (m.dtype == kF32) return mix_thread_sum(static_cast<const float*>(x), m.width, slope);
-  if (m.dtype == kBF16) return mix_thread_sum(static_cast<const bf16*>(x), m.width, slope);
-  return mix_thread_sum(static_cast<const f16*>(x), m.width, slope);
+  if (m.dtype == kF32) return sum(static_cast<const float*>(x));
+  if (m.dtype == kBF16) return sum(static_cast<const bf16*>(x));
+  return sum(static_cast<const f16*>(x));
 }
 
 // The weight of model k. The sum of fp32 weights is rounded to fp32, so that (0.7, 0.2, 0.1) leaves
@@ -177,6 +190,7 @@ __device__ __forceinline__ float mix_weight(const MixArgs& a, int64_t row, int k
   const float* weights = a.row_weights + row * a.weight_stride;
   if (k > 0) return weights[(k - 1) * a.weight_step];
   double sum = 0.0;
+#pragma unroll 1
   for (int i = 0; i + 1 < a.count; ++i) {
     const float w = weights[i * a.weight_step];
     *valid = *valid && w >= 0.0f && w <= 1.0f;
@@ -188,10 +202,10 @@ __device__ __forceinline__ float mix_weight(const MixArgs& a, int64_t row, int k
 
 // Fills s.terms. Returns, alike in all threads of the cluster, whether the row has a distribution.
 // `all`, `also`: look at every model, at the one of that number (-1: none), whatever its weight;
-// the log_sum of a model that has no distribution is NaN. The blocks of the cluster must have
-// started.
+// the log_sum of a model that has no distribution is NaN. `each`: pieces of a block, in all at most
+// kMostBlocks. The blocks of the cluster must have started.
 __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShared& s, bool all,
-                                          int also) {
+                                          int also, int each = 1) {
   for (int k = thread_index(); k < a.count; k += thread_count()) {
     bool valid;
     s.weights[k] = mix_weight(a, row, k, &valid);
@@ -199,23 +213,28 @@ __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShar
   }
   block_sync();
   const auto needed = [&](int k) { return all || k == also || s.weights[k] > 0.0f; };
-  for (int k = 0; k < a.count; ++k) {
-    if (!needed(k)) continue;
-    const float slope = a.models[k].scale * kLog2E;
-    const MaxSum mine = warp_merge(mix_model_sum(a.models[k], row), slope);
-    if (lane_index() == 0) s.warps[k][warp_index()] = mine;
-  }
-  block_sync();
-  for (int k = warp_index(); k < a.count; k += warp_count()) {
-    if (!needed(k)) continue;
-    const float slope = a.models[k].scale * kLog2E;
-    const bool mine = lane_index() < warp_count();
-    const MaxSum block = warp_merge(mine ? s.warps[k][lane_index()] : MaxSum{}, slope);
-    RowSum out;
-    out.max = block.max;
-    out.sum = static_cast<double>(block.sum);
-    if (lane_index() < cluster_size())
-      *cluster_shared(&s.ranks[k][cluster_rank()], lane_index()) = out;
+  const int pieces = cluster_size() * each;
+  for (int e = 0; e < each; ++e) {
+    const int piece = cluster_rank() * each + e;
+    if (e > 0) block_sync();  // the piece before has been read
+    for (int k = 0; k < a.count; ++k) {
+      if (!needed(k)) continue;
+      const float slope = a.models[k].scale * kLog2E;
+      const MaxSum mine = mix_model_sum(a.models[k], row, slope, piece, pieces);
+      const MaxSum warp = warp_merge(mine, slope);
+      if (lane_index() == 0) s.warps[k][warp_index()] = warp;
+    }
+    block_sync();
+    for (int k = warp_index(); k < a.count; k += warp_count()) {
+      if (!needed(k)) continue;
+      const float slope = a.models[k].scale * kLog2E;
+      const bool mine = lane_index() < warp_count();
+      const MaxSum block = warp_merge(mine ? s.warps[k][lane_index()] : MaxSum{}, slope);
+      RowSum out;
+      out.max = block.max;
+      out.sum = static_cast<double>(block.sum);
+      if (lane_index() < cluster_size()) *cluster_shared(&s.pieces[k][piece], lane_index()) = out;
+    }
   }
   cluster_sync();
   for (int k = thread_index(); k < a.count; k += thread_count()) {
@@ -227,11 +246,13 @@ __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShar
     s.sum_valid[k] = 1;
     if (!needed(k)) continue;
     float max = kLowest;
-    for (int r = 0; r < cluster_size(); ++r) max = fmaxf(max, s.ranks[k][r].max);
+#pragma unroll 1
+    for (int p = 0; p < pieces; ++p) max = fmaxf(max, s.pieces[k][p].max);
     double sum = 0.0;
-    for (int r = 0; r < cluster_size(); ++r) {
-      const float distance = (s.ranks[k][r].max - max) * (t.scale * kLog2E);
-      sum += s.ranks[k][r].sum * static_cast<double>(exp2_fast(distance));
+#pragma unroll 1
+    for (int p = 0; p < pieces; ++p) {
+      const float distance = (s.pieces[k][p].max - max) * (t.scale * kLog2E);
+      sum += s.pieces[k][p].sum * static_cast<double>(exp2_fast(distance));
     }
     const bool valid = sum > 0.0 && sum < static_cast<double>(INFINITY);
     const double log_sum = valid ? log(sum) : static_cast<double>(NAN);
@@ -247,51 +268,66 @@ __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShar
   return valid;
 }
 
-// ---- the second look: four columns at a time, the tokens of one block of random words
+// ---- the second look: some columns at a time; four are the tokens of one block of random words
 
 constexpr int kQuad = 4;
 
-// This block's columns [begin, end); begin is a multiple of kQuad.
+// This block's columns [begin, end); begin is a multiple of kTogether.
 struct Columns {
   int64_t begin, end;
 };
+template <int kTogether = kQuad>
 __host__ __device__ __forceinline__ int64_t columns_per_block(int64_t width, int blocks) {
   const int64_t each = (width + blocks - 1) / blocks;
-  return (each + kQuad - 1) / kQuad * kQuad;
+  return (each + kTogether - 1) / kTogether * kTogether;
 }
+template <int kTogether = kQuad>
 __device__ __forceinline__ Columns my_columns(int64_t width) {
-  const int64_t each = columns_per_block(width, cluster_size());
+  const int64_t each = columns_per_block<kTogether>(width, cluster_size());
   const int64_t begin = cluster_rank() * each;
   return {begin, begin + each < width ? begin + each : width};
 }
 
-template <class T>
-struct alignas(kQuad * sizeof(T)) Four {
-  T value[kQuad];
+// kCount columns as one access, or as several of 16 bytes.
+template <class T, int kCount>
+struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Several {
+  T value[kCount];
 };
-template <class T>
-__device__ __forceinline__ void load_four(const T* x, int64_t column, int64_t width, float* out) {
+template <int kCount, class T>
+__device__ __forceinline__ void load_from(const T* x, int64_t column, int64_t width, float* out) {
   const T* at = x + column;
-  if (column + kQuad <= width && reinterpret_cast<uintptr_t>(at) % sizeof(Four<T>) == 0) {
-    const Four<T> v = *reinterpret_cast<const Four<T>*>(at);
+  if (column >= 0 && column + kCount <= width &&
+      reinterpret_cast<uintptr_t>(at) % alignof(Several<T, kCount>) == 0) {
+    if constexpr (kCount * sizeof(T) >= 16) {
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) out[i] = to_float(v.value[i]);
+      for (int i = 0; i < kCount; i += kPerVec<T>) unpack<T>(load16(at + i), out + i);
+    } else {
+      const Several<T, kCount> v = *reinterpret_cast<const Several<T, kCount>*>(at);
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[i] = to_float(v.value[i]);
+    }
     return;
   }
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) out[i] = column + i < width ? to_float(at[i]) : -INFINITY;
+  for (int i = 0; i < kCount; ++i)
+    out[i] = column + i >= 0 && column + i < width ? to_float(at[i]) : -INFINITY;
 }
 
-// -inf beyond the width of the model.
-__device__ __forceinline__ void load_quad(const MixModel& m, int64_t row, int64_t column,
-                                          float* out) {
+// -inf outside the width of the model.
+template <int kCount>
+__device__ __forceinline__ void load_columns(const MixModel& m, int64_t row, int64_t column,
+                                             float* out) {
   const void* x = row_of(m, row);
   if (m.dtype == kF32)
-    load_four(static_cast<const float*>(x), column, m.width, out);
+    load_from<kCount>(static_cast<const float*>(x), column, m.width, out);
   else if (m.dtype == kBF16)
-    load_four(static_cast<const bf16*>(x), column, m.width, out);
+    load_from<kCount>(static_cast<const bf16*>(x), column, m.width, out);
   else
-    load_four(static_cast<const f16*>(x), column, m.width, out);
+    load_from<kCount>(static_cast<const f16*>(x), column, m.width, out);
+}
+__device__ __forceinline__ void load_quad(const MixModel& m, int64_t row, int64_t column,
+                                          float* out) {
+  load_columns<kQuad>(m, row, column, out);
 }
 
 // log(1 + x) for x in [0, 1], absolute error 3e-8 plus rounding; exactly 0 at 0.
@@ -314,25 +350,30 @@ __device__ __forceinline__ float log_add(float a, float b) {
   return high + log1p_unit(exp2_fast(distance * kLog2E));
 }
 
-// log p of a valid row at four columns; -inf where no model reaches.
-__device__ __forceinline__ void mix_quad(const MixArgs& a, const MixShared& s, int64_t row,
-                                         int64_t column, float* out) {
+// log p of a valid row at some columns; -inf where no model reaches.
+template <int kCount>
+__device__ __forceinline__ void mix_columns(const MixArgs& a, const MixShared& s, int64_t row,
+                                            int64_t column, float* out) {
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) out[i] = -INFINITY;
+  for (int i = 0; i < kCount; ++i) out[i] = -INFINITY;
   bool first = true;
   for (int k = 0; k < a.count; ++k) {
     const MixTerm t = s.terms[k];
     if (!t.live) continue;
-    float x[kQuad];
-    load_quad(a.models[k], row, column, x);
+    float x[kCount];
+    load_columns<kCount>(a.models[k], row, column, x);
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
+    for (int i = 0; i < kCount; ++i) {
       // x - max comes first because it is exact or nearly so, also for logits around 1e4.
       const float term = fmaf(x[i] - t.max, t.scale, t.offset);
       out[i] = first ? term : log_add(out[i], term);
     }
     first = false;
   }
+}
+__device__ __forceinline__ void mix_quad(const MixArgs& a, const MixShared& s, int64_t row,
+                                         int64_t column, float* out) {
+  mix_columns<kQuad>(a, s, row, column, out);
 }
 
 // ---- the best candidate of a row

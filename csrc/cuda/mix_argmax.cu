@@ -27,7 +27,7 @@ __device__ __forceinline__ void quad_keys(const MixArgs& a, const MixShared& s, 
   }
 }
 
-__global__ void __launch_bounds__(kMixThreads, 2)
+__global__ void __launch_bounds__(kMixThreads, 3)
     mix_argmax_kernel(const __grid_constant__ MixArgmax a) {
   MixShared& s = *reinterpret_cast<MixShared*>(shared_memory());
   const int64_t step = block_count() / cluster_size();

@@ -60,16 +60,17 @@ __global__ void __launch_bounds__(kMixThreads, kFilter ? 1 : 2)
 struct MixLogprobs {
   MixArgs mix;
   const int64_t* tokens;
+  int each;    // pieces of a row per block of its cluster
   float* out;  // (rows, 1 + models): under the mixture, under each model
 };
 
-__global__ void __launch_bounds__(kMixThreads, 2)
+__global__ void __launch_bounds__(kMixThreads, 3)
     mix_logprobs_kernel(const __grid_constant__ MixLogprobs a) {
   MixShared& s = *reinterpret_cast<MixShared*>(shared_memory());
   const int64_t step = block_count() / cluster_size();
   cluster_sync();  // the others have started
   for (int64_t row = block_index() / cluster_size(); row < a.mix.rows; row += step) {
-    const bool valid = mix_terms(a.mix, row, s, true, -1);
+    const bool valid = mix_terms(a.mix, row, s, true, -1, a.each);
     const int64_t token = a.tokens[row];
     const bool known = token >= 0 && token < a.mix.width;
     float* out = a.out + row * (1 + a.mix.count);
@@ -121,6 +122,7 @@ void mix_logprobs(Arguments& in) {
   a.tokens = in.pointer<const int64_t>();
   a.out = in.pointer<float>();
   const Grid grid = mix_grid(in, a.mix, sizeof(MixShared));
+  a.each = static_cast<int>(in.integer()) / grid.cluster;
   in.done();
   if (a.mix.rows > 0) launch<mix_logprobs_kernel>(grid, a);
 }

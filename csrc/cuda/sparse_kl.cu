@@ -22,6 +22,13 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
     const bool leader = cluster_rank() == 0 && thread_index() == 0;
     r.x = static_cast<const T*>(a.logits) + row * a.row_stride;
     r.grad = a.grad == nullptr ? nullptr : static_cast<T*>(a.grad) + row * a.grad_stride;
+    // Read together, used below: one after the other, each would keep the block waiting.
+    r.first_entry = a.row_offsets == nullptr ? 0 : a.row_offsets[row];
+    r.last_entry = a.row_offsets == nullptr ? 0 : a.row_offsets[row + 1];
+    const double saved = a.lse_known ? a.lse[row] : 0.0;
+    Terms t;
+    t.kl_coef = r.grad == nullptr ? 0.0f : a.kl_coef[row * a.coef_stride];
+    t.ce_coef = r.grad == nullptr ? 0.0f : a.ce_coef[row * a.coef_stride];
     r.label = a.labels == nullptr ? -1 : a.labels[row];
     if (a.labels != nullptr && r.label == a.ignore_index) {
       if (r.grad != nullptr) write_zeros(r.grad, a.vocab);
@@ -32,8 +39,6 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
     }
     bool bad = a.labels != nullptr && (r.label < 0 || r.label >= a.vocab);
     if (bad) r.label = -1;
-    r.first_entry = a.row_offsets == nullptr ? 0 : a.row_offsets[row];
-    r.last_entry = a.row_offsets == nullptr ? 0 : a.row_offsets[row + 1];
     if (r.first_entry < 0 || r.last_entry < r.first_entry || r.last_entry > a.nnz) {
       bad = true;
       r.first_entry = r.last_entry = 0;
@@ -46,7 +51,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
     const int last = static_cast<int>((per_block - 1) / a.chunk);
 
     // Beyond 1e8 (a row of the lowest finite logits) lse = max + log(sum) has lost the second term.
-    const bool known = a.lse_known && fabs(a.lse[row]) < 1e8;
+    const bool known = a.lse_known && fabs(saved) < 1e8;
     MaxSum acc;
     Found found;
     for (int c = known ? last : 0; c <= last; ++c) {
@@ -62,15 +67,15 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
     found.bad |= bad;
     const RowSum sum = exchange(r, acc, &found);
 
-    Terms t;
     t.bad = found.bad;
-    t.max = known ? static_cast<float>(a.lse[row]) : sum.max;
-    t.log_normalizer = known ? a.lse[row] - static_cast<double>(t.max) : log(sum.sum);
-    t.kl_coef = r.grad == nullptr ? 0.0f : a.kl_coef[row];
-    t.ce_coef = r.grad == nullptr || r.label < 0 ? 0.0f : a.ce_coef[row];
+    t.max = known ? static_cast<float>(saved) : sum.max;
+    t.log_normalizer = known ? saved - static_cast<double>(t.max) : log(sum.sum);
+    if (r.label < 0) t.ce_coef = 0.0f;
     const double weight = static_cast<double>(t.kl_coef) * static_cast<float>(found.mass) +
                           static_cast<double>(t.ce_coef);
     t.scale = static_cast<float>(known ? weight * exp(-t.log_normalizer) : weight / sum.sum);
+    // NaN or infinite logits, all of them -inf, or a target that names no token
+    if (t.bad || !(fabsf(t.scale) < INFINITY)) t.scale = NAN;
 
     double kl = 0.0;
     for (int c = last; c >= 0; --c) {
@@ -197,6 +202,7 @@ void sparse_kl(Arguments& in) {
   a.grad_stride = in.integer();
   a.kl_coef = in.pointer<float>();
   a.ce_coef = in.pointer<float>();
+  a.coef_stride = in.integer();
   Grid grid;
   grid.threads = static_cast<int>(in.integer());
   grid.cluster = static_cast<int>(in.integer());

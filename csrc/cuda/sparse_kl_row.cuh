@@ -27,9 +27,10 @@ struct SparseKL {
   bool lse_known;
   void* grad;  // null: losses only. May be the logits themselves.
   int64_t grad_stride;
-  const float* kl_coef;  // (rows) d(total)/d(kl_row)
+  const float* kl_coef;  // d(total)/d(kl_row)
   const float* ce_coef;
-  int chunk;  // 16-byte blocks of a row in shared memory at a time
+  int64_t coef_stride;  // 0: one for all rows
+  int chunk;            // 16-byte blocks of a row in shared memory at a time
 };
 
 struct Shared {
@@ -65,7 +66,6 @@ struct Row {
   T* values;  // the chunk
   unsigned *seen, *repeated;
 
-  __device__ bool edge(int64_t v) const { return v == 0 || v == vectors - 1; }
   __device__ int64_t column(int64_t v) const { return v * kPerVec<T> - shift; }
   __device__ int64_t chunk_start(int c) const { return begin + static_cast<int64_t>(c) * a->chunk; }
   __device__ int chunk_size(int c) const {
@@ -84,33 +84,60 @@ __device__ __forceinline__ bool bit(const unsigned* bitmap, int at) {
   return (bitmap[at >> 5] >> (at & 31)) & 1u;
 }
 
+// The 16-byte blocks of a chunk, numbered from its start, that lie wholly inside the row. The
+// others are the first and the last of the row.
+struct Inside {
+  int begin, end;
+};
+template <class T>
+__device__ __forceinline__ Inside inside(const Row<T>& r, int c) {
+  const int64_t start = r.chunk_start(c), last = r.vectors - 1 - start;
+  const int size = r.chunk_size(c), begin = start == 0 ? 1 : 0;
+  const int end = last < size ? static_cast<int>(last) : size;
+  return {begin, end < begin ? begin : end};
+}
+
+// Calls body(block) for the other blocks of chunk c that this thread owns. Out of the loops over
+// the chunk, whose time is that of their instructions.
+template <class T, class F>
+__device__ __forceinline__ void each_edge(const Row<T>& r, int c, const F& body) {
+  const int64_t start = r.chunk_start(c), last = r.vectors - 1 - start;
+  const int size = r.chunk_size(c);
+#pragma unroll 1
+  for (int side = 0; side < 2; ++side) {
+    const int64_t v = side == 0 ? -start : last;
+    if (v < 0 || v >= size || (side == 1 && last == -start)) continue;
+    if (static_cast<int>(v) % thread_count() == thread_index()) body(static_cast<int>(v));
+  }
+}
+
 // Starts loading chunk c. A thread loads what it will sum up and later replace, so no barrier is
 // needed in between. Elements outside the row become -inf.
 template <class T>
 __device__ __forceinline__ void load_chunk(const Row<T>& r, int c) {
   constexpr int kPer = kPerVec<T>;
-  const int64_t start = r.chunk_start(c);
-  const int size = r.chunk_size(c);
-  const int rounds = (size + thread_count() - 1) / thread_count();
+  const int threads = thread_count(), rounds = (r.chunk_size(c) + threads - 1) / threads;
   const int per_group = (rounds + kGroups - 1) / kGroups;
-  const T* aligned = r.x - r.shift;
+  const Inside in = inside(r, c);
+  const unsigned whole = static_cast<unsigned>(in.end - in.begin);
+  int v = thread_index();
+  const T* from = r.x - r.shift + (r.chunk_start(c) + v) * kPer;
+#pragma unroll 1
   for (int g = 0; g < kGroups; ++g) {
-    for (int i = g * per_group; i < (g + 1) * per_group; ++i) {
-      const int v = i * thread_count() + thread_index();
-      if (v >= size) break;
-      const int64_t whole = start + v;
-      if (!r.edge(whole)) {
-        copy_async16(r.values + v * kPer, aligned + whole * kPer);
-        continue;
-      }
-      for (int e = 0; e < kPer; ++e) {
-        const int64_t column = r.column(whole) + e;
-        const bool inside = column >= 0 && column < r.vocab;
-        r.values[v * kPer + e] = inside ? r.x[column] : from_float<T>(-INFINITY);
-      }
+    for (int i = 0; i < per_group; ++i) {
+      if (static_cast<unsigned>(v - in.begin) < whole) copy_async16(r.values + v * kPer, from);
+      v += threads;
+      from += threads * kPer;
     }
     copy_async_commit();
   }
+  each_edge(r, c, [&](int edge) {
+    for (int e = 0; e < kPer; ++e) {
+      const int64_t column = r.column(r.chunk_start(c) + edge) + e;
+      const bool there = column >= 0 && column < r.vocab;
+      r.values[edge * kPer + e] = there ? r.x[column] : from_float<T>(-INFINITY);
+    }
+  });
 }
 
 template <class T>
@@ -184,7 +211,7 @@ __device__ __forceinline__ Found mark_targets(const Row<T>& r, int c) {
 struct Terms {
   float max;
   double log_normalizer;  // lse - max
-  float scale;            // dz = scale * exp(z - max) - corrections
+  float scale;            // dz = scale * exp(z - max) - corrections; NaN: the row has no gradient
   float kl_coef, ce_coef;
   bool bad;
 };
@@ -259,30 +286,38 @@ __device__ __forceinline__ void correct_label(const Row<T>& r, int c, const Term
 template <class T>
 __device__ __forceinline__ void write_chunk(const Row<T>& r, int c, const Terms& t) {
   constexpr int kPer = kPerVec<T>;
-  const int64_t start = r.chunk_start(c);
-  const int size = r.chunk_size(c);
-  const bool aligned = misalignment(r.grad) == r.shift;
-  // NaN or infinite logits, all of them -inf, or a target that names no token
-  const bool poisoned = t.bad || !(fabsf(t.scale) < INFINITY);
-  for (int v = thread_index(); v < size; v += thread_count()) {
-    float z[kPer];
+  const int size = r.chunk_size(c), threads = thread_count();
+  const int64_t first = r.column(r.chunk_start(c));
+  const auto gradient = [&](int v, float* z) {
     unpack<T>(load16(r.values + v * kPer), z);
-    const unsigned finished = (r.seen[(v * kPer) >> 5] >> ((v * kPer) & 31)) & ((1u << kPer) - 1u);
+    const unsigned finished = r.seen[(v * kPer) >> 5] >> ((v * kPer) & 31);
 #pragma unroll
     for (int e = 0; e < kPer; ++e) {
       const float dense = exp_from(z[e], t.max) * t.scale;
-      z[e] = poisoned ? NAN : (finished >> e) & 1u ? z[e] : dense;
+      z[e] = (finished >> e) & 1u ? z[e] : dense;
     }
-    const int64_t whole = start + v, column = r.column(whole);
-    const Vec16 out = pack<T>(z);
-    if (aligned && !r.edge(whole)) {
-      store16_once(r.grad + column, out);
-      continue;
-    }
+  };
+  const auto by_element = [&](int v) {
+    float z[kPer];
+    gradient(v, z);
+    const int64_t column = first + static_cast<int64_t>(v) * kPer;
 #pragma unroll
     for (int e = 0; e < kPer; ++e)
       if (column + e >= 0 && column + e < r.vocab) r.grad[column + e] = from_float<T>(z[e]);
+  };
+  if (misalignment(r.grad) != r.shift) {
+    for (int v = thread_index(); v < size; v += threads) by_element(v);
+    return;
   }
+  const Inside in = inside(r, c);
+  T* out = r.grad + first;
+  for (int v = thread_index() + (thread_index() < in.begin ? threads : 0); v < in.end;
+       v += threads) {
+    float z[kPer];
+    gradient(v, z);
+    store16_once(out + v * kPer, pack<T>(z));
+  }
+  each_edge(r, c, by_element);
 }
 
 template <class T>

@@ -14,7 +14,7 @@ def forward(distances, neighbor_ids, values, temperature, exclude_ids):
 
 
 def _merge(distances, neighbor_ids, values, scale, exclude_ids, keys, counts) -> None:
-    native.load("_cuda").module.knn_merge(
+    native.load("_cuda").module.knn_targets_merge(
         *native.stream(distances),
         distances.data_ptr(),
         distances.stride(0),
@@ -33,7 +33,7 @@ def _merge(distances, neighbor_ids, values, scale, exclude_ids, keys, counts) ->
 
 
 def _pack(keys, row_offsets, token_ids, probs, most) -> None:
-    native.load("_cuda").module.knn_pack(
+    native.load("_cuda").module.knn_targets_pack(
         *native.stream(keys),
         keys.data_ptr(),
         *keys.shape,

@@ -15,7 +15,7 @@ MOST_MEMORIES = 15  # kMostModels of csrc/cuda/mix.cuh, less the base
 
 # (threads of a block, blocks of a cluster) for rows of at least so many columns. Not by the number
 # of rows: how a row is summed up must not depend on the batch it is in.
-LAUNCH_TABLE = ((32768, (384, 8)), (8192, (384, 4)), (2048, (256, 2)), (0, (256, 1)))
+LAUNCH_TABLE = ((32768, (320, 8)), (8192, (320, 4)), (2048, (256, 2)), (0, (256, 1)))
 LAUNCH = None  # overrides the table
 
 

@@ -1,11 +1,12 @@
-"""Launchers of csrc/cuda/sparse_kl.cu and scale_rows.cu. Nothing here copies, converts or waits."""
+"""Launchers of csrc/cuda/sparse_kl.cu, sparse_kl_loss.cu and scale_rows.cu. Nothing here copies,
+converts or waits."""
 
 import torch
 from torch import Tensor
 
 from .. import native
 from ..checks import storage_covers
-from .reduction import loss_grad_through
+from .reduction import combine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,8 +41,38 @@ def forward_backward_(
     return kl, ce
 
 
-def loss_grad_(logits, *arguments):
-    return loss_grad_through(forward_backward_, logits, *arguments)
+def loss_grad_(
+    logits, row_offsets, token_ids, probs, labels, ignore_index, kl_weight, reduction
+) -> tuple[Tensor, Tensor, Tensor]:
+    native_ops, where = native.load("_cuda").module, native.stream(logits)
+    rows, weights = logits.shape[0], (kl_weight, 1.0 - kl_weight)
+    labels = None if labels is None else labels.contiguous()
+    kl_coef, ce_coef, count = coefs = logits.new_empty(3, dtype=torch.float32)
+    native_ops.sparse_kl_coefs(
+        *where,
+        native.address(labels),
+        rows,
+        ignore_index,
+        reduction == "mean",
+        *weights,
+        coefs.data_ptr(),
+    )
+    kl, ce = (logits.new_empty(rows, dtype=torch.float32) for _ in range(2))
+    sparse = (row_offsets, token_ids, probs, labels, ignore_index)
+    _launch(logits, sparse, kl=kl, ce=ce, grad=logits, coefs=(kl_coef, ce_coef))
+    if reduction == "none":
+        return combine(kl, ce, labels, ignore_index, kl_weight, reduction)
+    sums = tuple(logits.new_empty((), dtype=torch.float32) for _ in range(3))
+    native_ops.sparse_kl_sums(
+        *where,
+        kl.data_ptr(),
+        ce.data_ptr(),
+        rows,
+        *weights,
+        count.data_ptr(),
+        *(total.data_ptr() for total in sums),
+    )
+    return sums
 
 
 def scale_(grad: Tensor, factor: Tensor) -> None:
@@ -66,7 +97,8 @@ def _launch(
     storage_covers("logits", logits)
     if probs is not None and probs.dtype == torch.float64:
         probs = probs.float()
-    # Expanded upstream gradients (stride 0) become vectors; these names keep them alive.
+    # One for all rows, or (N,): expanded upstream gradients (stride 0) become vectors. These names
+    # keep them alive.
     kl_coef, ce_coef = (None if c is None else c.contiguous() for c in coefs)
     labels = None if labels is None else labels.contiguous()
     native.load("_cuda").module.sparse_kl(
@@ -90,5 +122,6 @@ def _launch(
         0 if grad is None else grad.stride(0),
         native.address(kl_coef),
         native.address(ce_coef),
+        0 if kl_coef is None or kl_coef.ndim == 0 else 1,
         *LAUNCH,
     )
