@@ -10,16 +10,17 @@ Correctness first: greedy tokens of the loop, with and without drafts, against g
 a small pair.
 """
 
-import argparse
-import json
+import dataclasses
+import itertools
 import statistics
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
+import end_to_end
 import torch
+from timing import quantiles
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+from mdkernels.decode_loop import DecodeStats
 from mdkernels.fast_decode import fast_decode
 from mdkernels.mixture import MemoryMixture
 from mdkernels.mixture_cache import CACHE
@@ -28,7 +29,7 @@ VOCAB = 50257
 ACCEPTANCE = 0.8
 
 
-@dataclass
+@dataclasses.dataclass
 class Size:
     """Of a Llama with tied embeddings."""
 
@@ -154,97 +155,122 @@ def contenders(base, memory, mixture, ids, new: int) -> dict:
     }
 
 
-def measure(calls: dict, rounds: int, device: str) -> tuple[dict, dict]:
-    """(seconds per round, the last round's statistics) by contender; one warm-up each."""
-    seconds = {name: [] for name in calls}
-    stats = {}
-    for call in calls.values():
-        call(0)
-    names = list(calls)
-    for turn in range(rounds):
-        shift = turn % len(names)
-        for name in names[shift:] + names[:shift]:
-            if device == "cuda":
-                torch.cuda.synchronize()
-            started = time.perf_counter()
-            stats[name] = calls[name](1 + turn)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            seconds[name].append(time.perf_counter() - started)
-    return seconds, stats
+def add(total: DecodeStats | None, one: DecodeStats | None) -> DecodeStats | None:
+    if total is None or one is None:
+        return one
+    fields = dataclasses.asdict(one)
+    return DecodeStats(**{name: getattr(total, name) + value for name, value in fields.items()})
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+RATIOS = (
+    ("mixture", "base alone"),
+    ("base alone", "mixture, auto drafts"),
+    ("base alone", "mixture, 4 drafts"),
+    ("official loop", "mixture"),
+    ("official loop", "mixture, auto drafts"),
+    ("mixture, generate()", "mixture"),
+)
+# Mixture over base alone on a GPU, by pair.
+ON_GPU = {"7B+0.5B": 1.08, "1.5B+0.5B": 1.20}
 
 
-def report(
-    pair: str, dtype, seconds: dict, stats: dict, new: int, tv: float, weight: float
-) -> dict:
-    def ratio(over: str, *under: str):
-        rounds = zip(*(seconds[name] for name in (over, *under)), strict=True)
-        return spread([first / sum(others) for first, *others in rounds])
+def measure(calls: dict, rounds: int, device: str, new: int) -> dict:
+    """ms, ratios and figures of one pair."""
+    totals = {}
 
+    def counted(name):
+        seeds = itertools.count()
+
+        def call():
+            totals[name] = add(totals.get(name), calls[name](next(seeds)))
+
+        return call
+
+    sampler = end_to_end.Sampler(device)
+    timed = {name: counted(name) for name in calls}
+    for call in timed.values():  # warm-up
+        call()
+    totals.clear()
+    sampler.run(timed, rounds)
+    seconds = sampler.seconds
+    parts = zip(seconds["mixture"], seconds["base alone"], seconds["memory alone"], strict=True)
+    ratios = {"mixture / base + memory": quantiles([m / (a + b) for m, a, b in parts])}
+    ratios |= {f"{over} / {under}": sampler.ratio(over, under) for over, under in RATIOS}
     drafts = {}
     for name in ("mixture, 4 drafts", "mixture, auto drafts"):
-        one = stats[name]
         drafts[name] = {
-            "acceptance": one.acceptance,
-            "tokens_per_pass": one.tokens_per_pass,
-            "base_passes": one.base_passes,
-            "drafted": one.drafted,
+            "acceptance": totals[name].acceptance,
+            "tokens_per_pass": totals[name].tokens_per_pass,
+            "base_passes": totals[name].base_passes,
+            "drafted": totals[name].drafted,
         }
+    speeds = {name: new / statistics.median(values) for name, values in seconds.items()}
     return {
-        "pair": pair,
-        "dtype": str(dtype).removeprefix("torch."),
-        "tv": tv,
-        "mix_weight": weight,
-        "tokens_per_s": {
-            name: spread([new / s for s in values]) for name, values in seconds.items()
-        },
-        "drafts": drafts,
-        "ratios": {
-            "mixture / (base + memory)": ratio("mixture", "base alone", "memory alone"),
-            "mixture / base alone": ratio("mixture", "base alone"),
-            "base alone / auto drafts": ratio("base alone", "mixture, auto drafts"),
-            "base alone / 4 drafts": ratio("base alone", "mixture, 4 drafts"),
-            "official / mixture": ratio("official loop", "mixture"),
-            "official / auto drafts": ratio("official loop", "mixture, auto drafts"),
-            "generate() / mixture": ratio("mixture, generate()", "mixture"),
-        },
+        "ms": sampler.ms(),
+        "ratios": ratios,
+        "figures": {"tokens_per_s": speeds, "drafts": drafts},
     }
 
 
-def main(arguments: list[str] | None = None) -> list[dict]:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+def goals(pair: str, found: dict, device: str) -> list[dict]:
+    ratios = {name: value["median"] for name, value in found["ratios"].items()}
+    drafts = found["figures"]["drafts"]["mixture, 4 drafts"]
+    a = drafts["acceptance"]
+    off = drafts["tokens_per_pass"] / sum(a**i for i in range(5)) - 1
+    listed = [
+        ("4 drafts: tokens a pass from (1 - a^5) / (1 - a), within 10 %", off, abs(off) < 0.1)
+    ]
+
+    def at_least(text, ratio, bound):
+        listed.append((f"{text} at least {bound:g}x", ratio, ratio >= bound))
+
+    def at_most(text, ratio, bound):
+        listed.append((f"{text} at most {bound:g}x", ratio, ratio <= bound))
+
+    if device == "cuda":
+        at_most("mixture over base alone", ratios["mixture / base alone"], ON_GPU.get(pair, 1.2))
+        at_least("mixture against the official loop", ratios["official loop / mixture"], 5)
+    else:
+        at_most("mixture over base and memory", ratios["mixture / base + memory"], 1.1)
+        fast = ratios["official loop / mixture, auto drafts"]
+        at_least("mixture with auto drafts against the official loop", fast, 1.5)
+    for drafting in ("4 drafts", "auto drafts"):
+        ratio = ratios[f"base alone / mixture, {drafting}"]
+        at_least(f"{drafting} against base alone", ratio, 1.5)
+    return [end_to_end.goal(f"{pair}: {text}", value, met) for text, value, met in listed]
+
+
+def main(arguments: list[str] | None = None) -> Path:
+    parser = end_to_end.parser(__doc__.partition("\n")[0])
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--new", type=int, help="tokens per request (64; 256 on a GPU; smoke: 8)")
     parser.add_argument("--prompt", type=int, default=64, help="tokens")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="tiny models, two rounds")
-    parser.add_argument("--out", type=Path, help="JSON file to write")
     args = parser.parse_args(arguments)
     check()
     dtype = getattr(torch, args.dtype)
     pairs = TINY if args.smoke else {"cpu": CPU, "cuda": CUDA}[args.device]
-    rounds = 2 if args.smoke else args.rounds
+    rounds = args.rounds or (2 if args.smoke else 5)
     new = args.new or (8 if args.smoke else {"cpu": 64, "cuda": 256}[args.device])
-    documents = []
+    setting = {"dtype": args.dtype, "prompt": args.prompt, "new_tokens": new, "pairs": {}}
+    content = {"ms": {}, "ratios": {}, "figures": {}}
+    reached = []
     for pair, sizes in pairs.items():
         base, memory = (size.build(i, dtype, args.device) for i, size in enumerate(sizes))
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(sizes[0].vocab, (1, args.prompt), generator=generator).to(args.device)
         tv = total_variation(base, memory, ids)
         weight = min(1.0, max(0.0, 1 - (1 - ACCEPTANCE) / tv))
-        mixture = MemoryMixture(base, memory, weight)
-        calls = contenders(base, memory, mixture, ids, new)
-        seconds, stats = measure(calls, rounds, args.device)
-        documents.append(report(pair, dtype, seconds, stats, new, tv, weight))
-        print(json.dumps(documents[-1], indent=1), flush=True)
-    if args.out:
-        args.out.write_text(json.dumps(documents, indent=1) + "\n")
-    return documents
+        setting["pairs"][pair] = {
+            "parameters": [model.num_parameters() for model in (base, memory)],
+            "tv": tv,
+            "mix_weight": weight,
+        }
+        calls = contenders(base, memory, MemoryMixture(base, memory, weight), ids, new)
+        found = measure(calls, rounds, args.device, new)
+        reached += goals(pair, found, args.device)
+        for kind, values in found.items():
+            content[kind] |= {f"{pair}: {name}": value for name, value in values.items()}
+    return end_to_end.write(args, "decode", setting=setting, **content, goals=reached)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ its last `checkpoint`, another header clears it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import json
 import math
@@ -17,6 +18,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,7 +41,9 @@ from mdkernels.artifact import (
     read_kind,
 )
 
-_PROGRESS, _LOCK = "progress.json", "lock"
+PROGRESS, _LOCK = "progress.json", "lock"
+# What the system says of a full disk, without the file.
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
@@ -127,7 +131,7 @@ class ArtifactWriter:
         """Register an opaque file; the caller writes it at the returned path before `commit`."""
         if (
             not FILE_NAME.fullmatch(name)
-            or name in (META, _PROGRESS)
+            or name in (META, PROGRESS)
             or name.endswith((".bin", ".tmp"))
         ):
             raise ValueError(f"file name {name!r} is not allowed")
@@ -143,7 +147,7 @@ class ArtifactWriter:
             for name, a in self._arrays.items()
         }
         progress = {"header": digest(self.header), "arrays": arrays, "state": state}
-        _write_synced(self.work / _PROGRESS, canonical(progress))
+        _write_synced(self.work / PROGRESS, canonical(progress))
         self.state = state
 
     def commit(self, **fields: Any) -> Artifact:
@@ -170,7 +174,7 @@ class ArtifactWriter:
         _write_synced(self.work / META, json.dumps(meta, indent=1, sort_keys=True))
         _replace_directory(self.work, self.out)
         # Only now: had the rename not happened, a resumed run would still need both.
-        (self.out / _PROGRESS).unlink(missing_ok=True)
+        (self.out / PROGRESS).unlink(missing_ok=True)
         (self.out / _LOCK).unlink(missing_ok=True)
         self.close()
         return read_artifact(self.out, self.kind)
@@ -178,7 +182,8 @@ class ArtifactWriter:
     def close(self) -> None:
         """Release the files and the lock; what is not committed stays in the .partial directory."""
         for array in self._arrays.values():
-            array.close()
+            with suppress(OSError):  # of a full disk; `checkpoint` and `commit` have their own sync
+                array.close()
         self._lock.close()
 
     def __enter__(self) -> ArtifactWriter:
@@ -186,14 +191,17 @@ class ArtifactWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         # A failure before the first checkpoint leaves nothing that a later run could use.
-        if exc_info[0] is not None and self.work.is_dir() and not (self.work / _PROGRESS).exists():
+        if exc_info[0] is not None and self.work.is_dir() and not (self.work / PROGRESS).exists():
             shutil.rmtree(self.work)
         self.close()
+        error = exc_info[1]
+        if isinstance(error, OSError) and error.errno in _FULL and error.filename is None:
+            error.filename = str(self.work)
 
     def _load_progress(self) -> dict[str, Any]:
         progress = None
         try:
-            progress = json.loads((self.work / _PROGRESS).read_bytes())
+            progress = json.loads((self.work / PROGRESS).read_bytes())
             usable = progress["header"] == digest(self.header) and all(
                 (self.work / f"{name}.bin").stat().st_size >= saved["bytes"]
                 for name, saved in progress["arrays"].items()

@@ -20,6 +20,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,24 +56,37 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     final = path_of(directory, step)
     partial = directory / f".writing-{final.name}"
-    for leftover in directory.glob(".*-step-*"):
-        shutil.rmtree(leftover)
+    clear_leftovers(directory)
     try:
-        save_model(partial, model, tokenizer)
-        save_file(moments, partial / _STATE_TENSORS)
+        with writing(final):
+            save_model(partial, model, tokenizer)
+            save_file(moments, partial / _STATE_TENSORS)
         (partial / _STATE_JSON).write_text(json.dumps({"step": step, **extra}))
         seal(partial)
         sync_tree(partial)
         if final.exists():
             _discard(final)
         partial.rename(final)
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, SafetensorError):  # what its writer makes of a full disk
-            raise OSError(f"{final} could not be written: {error}") from error
         raise
     sync_path(directory)
     return final
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within the context, what safetensors makes of a full disk is an OSError that names `path`."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"{path} could not be written: {error}") from error
+
+
+def clear_leftovers(directory: Path) -> None:
+    """Delete what a kill left half written or half deleted, and what was put aside."""
+    for leftover in directory.glob(".*-step-*"):
+        shutil.rmtree(leftover)
 
 
 def prune(directory: Path, keep: int, best: int | None = None) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from . import cli_commands
@@ -121,6 +122,8 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         help_text += " [required]"
     elif option.default is not None and not isinstance(option.default, bool):
         help_text += f" (default: {option.default})"
+    elif option.default is True:
+        help_text += " (default: on)"
     # What is not given stays out of the namespace: a config file may then supply it, and else the
     # function's own default applies.
     settings: dict[str, Any] = {"help": help_text, "default": argparse.SUPPRESS}
@@ -144,7 +147,9 @@ def _settings(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
         settings = _read_config(given["config"])
         for name in settings:
             if name not in known:
-                raise ValueError(f"config: unknown option {name!r}{_nearest(name, list(known))}")
+                near = _nearest(str(name), list(known)) or f" (see mdkernels {stage.name} --help)"
+                raise ValueError(f"config: unknown option {name!r}{near}")
+        settings = {name: _configured(known[name], value) for name, value in settings.items()}
     settings |= {name: value for name, value in given.items() if name in known}
     missing = [o.flag for o in stage.options if o.required and o.name not in settings]
     if missing:
@@ -154,17 +159,51 @@ def _settings(stage: Stage, given: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _read_config(path: str) -> dict[str, Any]:
-    with open(path, encoding="utf-8") as stream:
-        if path.endswith((".yaml", ".yml")):
-            import yaml  # transformers requires it
+def _configured(option: Option, value: Any) -> Any:
+    """A value of the config file, as the flag would give it. Raises ValueError."""
+    if value is None and (option.nullable or (option.default is None and not option.required)):
+        return None
+    if isinstance(option.default, bool):
+        if isinstance(value, bool):
+            return value
+        raise ValueError(f"config: {option.name} must be true or false, got {value!r}")
+    if option.many:
+        return [_one(option, item) for item in (value if isinstance(value, list) else [value])]
+    return _one(option, value)
 
+
+def _one(option: Option, value: Any) -> Any:
+    kinds = {str: "text", int: "an integer", float: "a number"}
+    expected = kinds.get(option.type, option.metavar)
+    if option.choices:
+        expected = f"one of {', '.join(option.choices)}"
+    good = isinstance(value, str)
+    if option.type is not str:
+        good = isinstance(value, int | float if option.type is float else int)
+        if isinstance(value, str):  # YAML takes 1e-3 for text
             try:
-                settings = yaml.safe_load(stream)
-            except yaml.YAMLError as error:
-                raise ValueError(f"config: {path} is no YAML: {error}") from error
-        else:
-            settings = json.load(stream)
+                return option.type(value)
+            except ValueError:
+                good = False
+    if not good or isinstance(value, bool) or (option.choices and value not in option.choices):
+        raise ValueError(f"config: {option.name} must be {expected}, got {value!r}")
+    return value
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    text = Path(path).read_bytes()
+    if path.endswith((".yaml", ".yml")):
+        import yaml  # transformers requires it
+
+        try:
+            settings = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"config: {path} is no YAML: {error}") from error
+    else:
+        try:
+            settings = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"config: {path} is no JSON: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"config: {path} must hold a JSON object or a YAML mapping")
     return settings

@@ -23,6 +23,8 @@ class Option:
     choices: tuple[str, ...] = ()
     many: bool = False
     required: bool = False
+    nullable: bool = False
+    """Whether null in a config file stands for none, beside a default that is something."""
 
     @property
     def flag(self) -> str:
@@ -213,7 +215,7 @@ TRAIN = Stage(
         ),
         _count("warmup_steps", "optimizer steps of linear warm-up", 0),
         _number("weight_decay", "decoupled decay of matrices, per unit of lr", 0.0),
-        _number("clip", "largest gradient norm", 1.0),
+        _number("clip", "largest gradient norm; null in a config file: any", 1.0, nullable=True),
         _count("lora", "train low-rank adapters of this rank only, merged at the end; needs peft"),
         _number("lora_alpha", "scale of the adapters times their rank (default: 2 * rank)"),
         _number("lora_dropout", "dropout in front of the adapters, 0..1", 0.0),
@@ -239,7 +241,7 @@ TRAIN = Stage(
         _model("base", "base model for that perplexity"),
         _count("eval_every", "optimizer steps between evaluations (default: only at the end)"),
         _count("patience", "stop after N evaluations without a new best; implies --keep-best"),
-        Option("keep_best", "keep the best evaluated step instead of the last", False),
+        Option("keep_best", "keep the best step instead of the last; needs --eval-every", False),
         Option(
             "monitor",
             "number of the evaluation that decides which is best, smaller being better",
@@ -248,7 +250,12 @@ TRAIN = Stage(
         ),
         Option("track", "log to tensorboard, wandb, ... too", metavar="NAME", many=True),
         _count("log_every", "optimizer steps between reads of the loss on a GPU", 10),
-        _count("save_every", "optimizer steps between checkpoints", 500),
+        _count(
+            "save_every",
+            "optimizer steps between checkpoints; null in a config file: none",
+            500,
+            nullable=True,
+        ),
         _count("keep", "newest checkpoints kept", 1),
         Option("resume", "continue an interrupted run of the same options", True),
         _OVERWRITE,

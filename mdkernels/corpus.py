@@ -148,6 +148,7 @@ def build_corpus(
         with tqdm(desc="corpus", unit="B", unit_scale=True, disable=None) as progress:
             for batch in _batches(documents):
                 some_text = some_text or any(document.strip() for document in batch)
+                size = sum(_utf8_bytes(document) for document in batch)
                 pieces = [ids for ids in encode(batch) if len(ids)]
                 if not pieces:
                     continue
@@ -160,7 +161,6 @@ def build_corpus(
                     )
                 offsets.append(token_ids.rows + np.cumsum(lengths))
                 token_ids.append(joined.astype(dtype))
-                size = sum(len(document.encode()) for document in batch)
                 text_bytes += size
                 progress.update(size)
         if token_ids.rows < 2 or not some_text:
@@ -178,6 +178,16 @@ def _encoder(tokenizer: PreTrainedTokenizerBase):
     backend.no_truncation()
     backend.no_padding()
     return lambda batch: [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False)]
+
+
+def _utf8_bytes(document: str) -> int:
+    try:
+        return len(document.encode())
+    except UnicodeEncodeError as error:  # half a pair, as \ud83d alone in JSON
+        raise ValueError(
+            f"inputs: the document that starts {document[:60]!a} is no Unicode text: {error}; "
+            "remove that character"
+        ) from error
 
 
 def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -212,7 +222,8 @@ def _sources(inputs: Any) -> list[str]:
             sources.append(name)
         # os.path, not Path: a long document passed as a path must not end in an OSError.
         elif os.path.isdir(name):
-            files = [f for f in sorted(Path(name).rglob("*")) if f.name.endswith(_SUFFIXES)]
+            below = (f for f in sorted(Path(name).rglob("*")) if f.is_file())
+            files = [f for f in below if f.name.endswith(_SUFFIXES)]
             if not files:
                 raise ValueError(f"inputs: directory {name!r} has no file ending in {_SUFFIXES}")
             sources += map(str, files)

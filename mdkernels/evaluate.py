@@ -137,6 +137,9 @@ class MixtureEval:
     corpus itself, so `mixture_perplexity` is for comparing steps of one run, not for reporting.
     """
 
+    numbers = ("base_perplexity", "memory_perplexity", "mixture_perplexity", "mix_weight")
+    """The keys of what a call returns."""
+
     def __init__(
         self,
         base,
@@ -165,9 +168,9 @@ class MixtureEval:
         memory = gold_logprobs(model, self.corpus, label=f"step {step}", **self.options)
         fit = fit_mix_weight(self.base_logprobs, [memory])
         return {
-            "base_perplexity": math.exp(-float(self.base_logprobs.double().mean())),
-            "memory_perplexity": math.exp(-float(memory.double().mean())),
-            "mixture_perplexity": math.exp(fit.nats),
+            "base_perplexity": _exp(-float(self.base_logprobs.double().mean())),
+            "memory_perplexity": _exp(-float(memory.double().mean())),
+            "mixture_perplexity": _exp(fit.nats),
             "mix_weight": fit.weights[0],
         }
 

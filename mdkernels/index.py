@@ -23,6 +23,7 @@ from .artifact_writer import ArtifactWriter
 from .datastore import Datastore, open_datastore
 from .exact_search import exact_search
 from .train_config import resolve_device
+from .value_checks import check_integer
 
 EXACT = "exact"
 _FILE = "index.faiss"
@@ -190,8 +191,10 @@ def build_index(
     if factory != EXACT:
         config |= {"nprobe": nprobe, "train_rows": train_rows, "seed": seed}
         _faiss(factory)
-        if nprobe < 1:
-            raise ValueError(f"nprobe: must be at least 1, got {nprobe}")
+        check_integer("nprobe", nprobe, 1)
+        check_integer("seed", seed, 0)
+        if train_rows is not None:
+            check_integer("train_rows", train_rows, 1)
     header = {
         "tokenizer_hash": datastore.tokenizer_hash,
         "vocab_size": datastore.vocab_size,
@@ -246,4 +249,7 @@ def _write_faiss(
             block = keys[start : start + _ADD_ROWS].astype(np.float32)
             index.add(block)
             progress.update(len(block))
-    faiss.write_index(index, path)
+    try:
+        faiss.write_index(index, path)
+    except RuntimeError as error:  # a full disk
+        raise OSError(f"{path} could not be written: {error}") from error

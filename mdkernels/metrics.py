@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .artifact import ArtifactError
+
 METRICS = "metrics.jsonl"
 
 
@@ -55,10 +57,22 @@ class Metrics:
 
 def cut(path: Path, size: int) -> list[dict[str, Any]]:
     """Drop what was written behind `size` bytes, a line that a kill cut short among it; the rest
-    as rows."""
+    as rows, none if there is no file. Raises ArtifactError if it is damaged."""
+    if not path.exists():
+        return []
     with open(path, "r+b") as stream:
+        try:
+            rows = [json.loads(line) for line in stream.read(size).splitlines()]
+            whole = stream.tell() == size and all(isinstance(row, dict) for row in rows)
+        except ValueError:
+            whole = False
+        if not whole:
+            raise ArtifactError(
+                f"{path} is damaged: expected JSON lines of {size} bytes or more. Put back a copy, "
+                "or delete it to go on without the rows until here"
+            )
         stream.truncate(size)
-        return [json.loads(line) for line in stream.read().splitlines()]
+    return rows
 
 
 def check_finite(step: int, measures: Sequence[float]) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import warnings
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from . import checkpoint
-from .artifact import PARTIAL, ArtifactError
-from .models import load_tokenizer
+from .artifact import PARTIAL, ArtifactError, digest
+from .artifact_writer import PROGRESS
+from .models import load_tokenizer, model_id
 from .scoring import check_scorable
 from .seal import find_damage
 from .tokenizer_check import check_tokenizers, check_trained
@@ -28,6 +30,16 @@ def check_model(model, corpus, block: int) -> None:
                 "pass model.float() and ask for dtype bfloat16 instead"
             )
     check_scorable(model, corpus, block)
+    with TemporaryDirectory() as scratch:
+        try:
+            model.config.save_pretrained(scratch)
+            if model.can_generate():
+                model.generation_config.save_pretrained(scratch)
+        except ValueError as error:
+            raise ValueError(
+                f"model {model_id(model)}: transformers refuses to save its configuration, "
+                f"and would at the first checkpoint: {error}"
+            ) from error
 
 
 def tokenizer_of(config: TrainConfig, corpus):
@@ -45,13 +57,10 @@ def tokenizer_of(config: TrainConfig, corpus):
 def refuse_other_config(out: Path, header: dict[str, Any]) -> None:
     """An interrupted run may be hours of work: only resume=False discards it."""
     partial = out.with_name(out.name + PARTIAL)
-    try:
-        found = json.loads((partial / RUN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return
     if not checkpoint.checkpoints(partial / "checkpoints"):
         return
-    here, there = _flat(header), _flat(found)
+    found, progress = _read_object(partial / RUN), _read_object(partial / PROGRESS)
+    here, there = _flat(header), _flat(found or header)
     changed = [
         f"{key} is {there.get(key)!r} there and {here.get(key)!r} here"
         for key in sorted(here.keys() | there.keys())
@@ -63,21 +72,31 @@ def refuse_other_config(out: Path, header: dict[str, Any]) -> None:
             "repeat that config to continue it, choose another out, or pass resume=False "
             "(--no-resume) to discard it"
         )
+    if (progress or {}).get("header") != digest(header):  # the writer would clear the directory
+        raise ArtifactError(
+            f"{partial} holds an interrupted run, and its {PROGRESS} is missing, damaged or of "
+            "another config. Its checkpoints are models: move those you need, then pass "
+            "resume=False (--no-resume) to discard the rest; or choose another out"
+        )
 
 
 def usable_checkpoint(directory: Path, step: int) -> Path:
-    """The checkpoint of `step`, or the newest one before it whose files are as they were written.
+    """The checkpoint of `step`, or the newest one before it whose files are as they were written,
+    those of the best step until then included.
 
-    Warns when it is not that of `step`, naming the damage; damaged ones are put aside under a name
-    that is never listed. Raises ArtifactError, and changes nothing, when there is none.
+    Warns when it is not that of `step`, naming the damage. Newer ones, which are damaged or which a
+    kill kept from being recorded, are put aside under a name that is never listed: the run would
+    keep them in place of its own. Raises ArtifactError, and changes nothing, when there is none.
     """
     damaged: dict[Path, str] = {}
     wanted = checkpoint.path_of(directory, step)
-    found = [path for path in checkpoint.checkpoints(directory) if path.name <= wanted.name]
-    if wanted not in found:
+    listed = checkpoint.checkpoints(directory)
+    if wanted not in listed:
         damaged[wanted] = "it is missing"
-    for path in reversed(found):
-        damage = find_damage(path)
+    for path in reversed(listed):
+        if path.name > wanted.name:
+            continue
+        damage = find_damage(path) or _damage_of_best(path)
         if damage is None:
             break
         damaged[path] = damage
@@ -91,14 +110,32 @@ def usable_checkpoint(directory: Path, step: int) -> Path:
             f"{_listed(damaged)}; training goes on from {path.name}, later steps are repeated",
             stacklevel=2,
         )
-    for bad in damaged:
-        if bad.exists():
-            bad.rename(bad.with_name(f".damaged-{bad.name}"))
+    for newer in listed[listed.index(path) + 1 :]:
+        newer.rename(newer.with_name(f".dropped-{newer.name}"))
     return path
+
+
+def _damage_of_best(path: Path) -> str | None:
+    """Of the checkpoint whose weights a run that goes on from `path` may have to end with."""
+    best = (checkpoint.read_state(path)["best"] or {}).get("step")
+    if best is None:
+        return None
+    kept = checkpoint.path_of(path.parent, best)
+    damage = find_damage(kept) if kept.exists() else "it is missing"
+    return None if damage is None else f"its best step, {kept.name}: {damage}"
 
 
 def _listed(damaged: dict[Path, str]) -> str:
     return "; ".join(f"checkpoint {path} is damaged ({why})" for path, why in damaged.items())
+
+
+def _read_object(path: Path) -> dict[str, Any] | None:
+    """A JSON file, None where it is missing or damaged."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _flat(header: dict[str, Any]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class RunDirectory:
             rows = metrics.cut(self.metrics, state["metrics_bytes"])
             start = Start(state["step"], rows, state["best"])
         else:
+            if self.writer.state:  # a kill from here on must not find a step without a checkpoint
+                self.writer.checkpoint(step=0)
             shutil.rmtree(self.work / "checkpoints", ignore_errors=True)
             self.metrics.unlink(missing_ok=True)
         (self.work / preflight.RUN).write_text(json.dumps(self.header), encoding="utf-8")
@@ -86,6 +88,8 @@ class RunDirectory:
         """Write the checkpoint of `step`, when metrics.jsonl had `size` bytes on the disk."""
         extra = {"metrics_bytes": size, "best": best}
         directory = self.checkpoints
+        if not self.writer.state:  # a directory with checkpoints always says whose they are
+            self.writer.checkpoint(step=0)
         checkpoint.save(directory, step, model, self.tokenizer, moments, extra)
         # Older checkpoints go only after the record of progress points at the new one.
         self.writer.checkpoint(step=step)
@@ -105,9 +109,11 @@ class RunDirectory:
 
     def commit(self, model, **fields: Any) -> None:
         """Model, tokenizer and metrics become the artefact at `out`, described by `fields`."""
+        checkpoint.clear_leftovers(self.checkpoints)
         staging = self.work / "model"
         shutil.rmtree(staging, ignore_errors=True)
-        checkpoint.save_model(staging, model, self.tokenizer)
+        with checkpoint.writing(self.out):
+            checkpoint.save_model(staging, model, self.tokenizer)
         names = [metrics.METRICS]
         for path in sorted(staging.iterdir()):
             target = self.work / path.name

@@ -7,6 +7,7 @@ time.
 from __future__ import annotations
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -199,7 +200,13 @@ def head_is_last(model, token_ids: np.ndarray | Tensor) -> bool:
         hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
         found = head(hidden).float()
     model.train(was_training)
-    return torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * float(expected.abs().max()))
+    largest = float(expected.abs().max())
+    if not math.isfinite(largest):
+        raise ValueError(
+            f"model {model_id(model)}: gives logits that are not finite; has it diverged? Use "
+            "another checkpoint"
+        )
+    return torch.allclose(found, expected, rtol=1e-2, atol=1e-2 * largest)
 
 
 def knn_logprobs(

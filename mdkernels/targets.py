@@ -233,7 +233,8 @@ def _search(
 ) -> SparseTargets:
     queries = torch.from_numpy(np.array(datastore.keys[start:stop])).to(index.device).float()
     # The order within a row does not matter to knn_targets, and sorting is not free.
-    distances, ids = index.search(queries, config["num_neighbors"], in_order=False)
+    count = min(config["num_neighbors"], datastore.num_rows)
+    distances, ids = index.search(queries, count, in_order=False)
     return knn_targets(
         distances,
         ids,

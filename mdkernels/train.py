@@ -49,6 +49,7 @@ from .targets import open_targets
 from .tokenizer_check import check_tokenizers
 from .train_config import DTYPES, TrainConfig
 from .trained_model import TrainedModel
+from .value_checks import check_choice
 
 __all__ = ["EvalHook", "TrainConfig", "TrainResult", "train"]
 
@@ -289,6 +290,8 @@ class _Run:
         config = self.config
         if config.valid is None:
             return None
+        if config.best_kept:
+            check_choice("monitor", config.monitor, MixtureEval.numbers)
         check_tokenizers([config.base], [self.corpus, open_corpus(config.valid)])
         return MixtureEval(
             config.base,

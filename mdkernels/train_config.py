@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .value_checks import check_choice, check_integer, check_number
+from .value_checks import check_choice, check_integer, check_number, check_switch
 
 OBJECTIVES = ("kl_ce", "kl", "ce")
 SCHEDULES = ("cosine", "linear", "constant")
@@ -157,8 +157,10 @@ class TrainConfig:
         for name in ("max_steps", "eval_every", "save_every"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), 1)
-        for name in ("warmup_steps", "seed"):
-            check_integer(name, getattr(self, name), 0)
+        check_integer("warmup_steps", self.warmup_steps, 0)
+        check_integer("seed", self.seed, 0, 2**64 - 1)
+        for name in ("compile", "activation_checkpointing", "keep_best", "overwrite", "resume"):
+            check_switch(name, getattr(self, name))
         if (self.epochs is None) == (self.max_steps is None):
             raise ValueError(
                 f"give one of epochs and max_steps, got epochs={self.epochs!r} and "
@@ -170,7 +172,7 @@ class TrainConfig:
         check_number("weight_decay", self.weight_decay, least=0.0)
         if self.clip is not None:
             check_number("clip", self.clip, above=0.0)
-        if len(self.betas) != 2:
+        if not isinstance(self.betas, (tuple, list)) or len(self.betas) != 2:
             raise ValueError(f"betas: expected two numbers, got {self.betas!r}")
         for beta in self.betas:
             check_number("betas", beta, least=0.0, below=1.0)

@@ -14,6 +14,11 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
 
 
+def check_switch(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False, got {value!r}")
+
+
 def check_integer(name: str, value: Any, least: int, most: int | None = None) -> None:
     if (
         not isinstance(value, int)
@@ -39,4 +44,6 @@ def check_number(
         low = f"> {above}" if above > -math.inf else f">= {least}"
         high = f" and < {below}" if below < math.inf else ""
         high = f" and <= {most}" if most < math.inf else high
+        if number and not math.isfinite(value):
+            low = f"that is finite and {low}"
         raise ValueError(f"{name} must be a number {low}{high}, got {value!r}")

@@ -203,6 +203,52 @@ def test_config_file_and_flags(monkeypatch, capsys, tmp_path):
     assert run("train", "--config", tmp_path / "none.json", capsys=capsys)[0] == 2
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"overwrite": "no"}, "overwrite must be true or false, got 'no'"),
+        ({"resume": 0}, "resume must be true or false, got 0"),
+        ({"batch_size": 4.0}, "batch_size must be an integer, got 4.0"),
+        ({"batch_size": True}, "batch_size must be an integer, got True"),
+        ({"lr": "fast"}, "lr must be a number, got 'fast'"),
+        ({"lr": None}, "lr must be a number, got None"),
+        ({"corpus": 5}, "corpus must be text, got 5"),
+        ({"objective": "klce"}, "objective must be one of kl_ce, kl, ce, got 'klce'"),
+        ({"track": ["wandb", 1]}, "track must be text, got 1"),
+        ({"zzz": 1}, "unknown option 'zzz' (see mdkernels train --help)"),
+        ({1: 1}, "unknown option 1 (see mdkernels train --help)"),
+    ],
+)
+def test_values_of_a_config_file_are_checked(monkeypatch, capsys, tmp_path, value, message):
+    monkeypatch.setattr(cli_commands, "train", lambda **settings: None)
+    file = tmp_path / "train.yaml"
+    file.write_text("".join(f"{name}: {json.dumps(item)}\n" for name, item in value.items()))
+    status, _, err = run(
+        "train", "--config", file, "--model", "m", "--out", "o", "--corpus", "c", capsys=capsys
+    )
+    assert status == 2
+    assert f"config: {message}" in err
+
+
+def test_a_config_file_may_say_what_flags_can(monkeypatch, capsys, tmp_path):
+    seen = {}
+    monkeypatch.setattr(cli_commands, "train", lambda **settings: seen.update(settings))
+    file = tmp_path / "train.yaml"
+    # YAML takes 1e-3 for text, which is how a flag arrives too.
+    file.write_text("corpus: c\nmodel: m\nout: o\nlr: 1e-3\ntrack: wandb\nclip: null\nkl_weight:\n")
+    assert run("train", "--config", file, capsys=capsys)[0] == 0
+    assert (seen["lr"], seen["track"], seen["clip"], seen["kl_weight"]) == (
+        1e-3,
+        ["wandb"],
+        None,
+        None,
+    )
+    for content in (b"{", b"\xff\xfe\x00"):
+        (tmp_path / "c.json").write_bytes(content)
+        err = run("train", "--config", tmp_path / "c.json", capsys=capsys)[2]
+        assert "c.json is no JSON" in err
+
+
 def test_settings_of_the_wrong_kind_are_named(capsys, tmp_path):
     model = save_tiny_checkpoint(tmp_path / "model", "llama")
     common = ["train", "--corpus", "c", "--model", model, "--out", tmp_path / "o"]

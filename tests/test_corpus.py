@@ -138,6 +138,7 @@ def test_large_vocabularies_take_uint32(tmp_path):
         ("a.jsonl", b'{"txt": "x"}', r"line 1 has no string field 'text' \(found \['txt'\]\)"),
         ("a.jsonl", b'{"text": 3}', "no string field 'text'"),
         ("a.jsonl", b"[3]", "found list"),
+        ("a.jsonl", b'{"text": "so\\ud83d"}', r"starts 'so\\ud83d' is no Unicode text"),
         ("a.pdf", b"abc", "must end in one of"),
     ],
 )

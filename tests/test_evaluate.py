@@ -247,6 +247,16 @@ def test_mixture_hook_reports_each_step(text):
     assert first["mixture_perplexity"] == pytest.approx(report["mixture"]["perplexity"])
 
 
+def test_mixture_hook_survives_a_model_that_diverged(text):
+    """Above 709 nats per token the perplexity is no double."""
+    model = tiny_model("llama", seed=1)
+    model.lm_head.weight.data *= 1e4
+    found = MixtureEval(tiny_model("gpt2"), text[0], block=32)(model, 1)
+    assert found["memory_perplexity"] == math.inf
+    assert found["mixture_perplexity"] <= found["base_perplexity"] * (1 + 1e-6)
+    assert set(found) == set(MixtureEval.numbers)
+
+
 class ExhaustiveIndex:
     """Nearest keys by direct subtraction."""
 

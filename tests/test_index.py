@@ -209,7 +209,21 @@ def test_bad_factories(store, tmp_path):
     for factory in ("nonsense", "IVF100000,Flat", "PQ7"):
         with pytest.raises(ValueError, match=f"faiss cannot build '{factory}'"):
             build_index(store, tmp_path / "i", factory)
+    for name, least in (("nprobe", 1), ("train_rows", 1), ("seed", 0)):
+        with pytest.raises(ValueError, match=f"{name} must be an integer >= {least}, got -5"):
+            build_index(store, tmp_path / "i", "IVF4,Flat", **{name: -5})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_under_faiss_is_no_traceback(store, tmp_path, monkeypatch):
+    faiss = pytest.importorskip("faiss", reason="faiss is not installed (the faiss extra)")
+
+    def full(index, path):
+        raise RuntimeError(f"write error in {path} (No space left on device)")
+
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(OSError, match=r"index\.faiss could not be written: .*No space left"):
+        build_index(store, tmp_path / "i", "Flat")
 
 
 def test_missing_faiss_names_the_extra(store, tmp_path, monkeypatch):

@@ -120,6 +120,11 @@ def test_collator_pads_and_shifts():
         ({"labels": [1, 2, 3]}, r"shapes .* expected vectors of one length"),
         ({"text": "a"}, r"\['text'\], expected only"),
         ({"targets": None}, "number 1 has no targets, but others have"),
+        ({"targets": [1]}, "number 1 has targets of type list"),
+        ({"input_ids": [1.5, 2, 3, 4]}, r"input_ids of number 1 is torch.float32 \(4,\)"),
+        ({"labels": [[1, 2, 3, 4]]}, r"labels of number 1 is torch.int64 \(1, 4\)"),
+        ({"labels": "abcd"}, "labels of number 1 is str, expected a vector of integers"),
+        ({"input_ids": None}, "input_ids of number 1 is NoneType"),
     ],
 )
 def test_collator_names_the_bad_example(changes, message):
@@ -195,8 +200,9 @@ def test_models_it_cannot_serve_are_refused(batch):
         causal_lm_loss(torch.compile(model), batch)
     with pytest.raises(ValueError, match="DataParallel"):
         causal_lm_loss(torch.nn.DataParallel(model), batch)
-    with pytest.raises(ValueError, match="has no targets"):
-        causal_lm_loss(model, {k: v for k, v in batch.items() if k != "targets"})
+    for name in ("targets", "shift_labels", "input_ids"):
+        with pytest.raises(ValueError, match=f"batch: has no {name}"):
+            causal_lm_loss(model, {k: v for k, v in batch.items() if k != name})
     model.lm_head.forward = model.lm_head.forward
     with pytest.raises(ValueError, match="already replaced"):
         causal_lm_loss(model, batch)
@@ -221,6 +227,10 @@ def test_keys_with_their_targets(data, tmp_path):
         KeyDataset(root / "datastore", other)
     with pytest.raises(TypeError, match="expected an artefact of the targets stage"):
         KeyDataset(root / "datastore", (expected, labels))
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1, got '3'"):
+        KeyDataset(root / "datastore", data.targets, batch_size="3")
+    with pytest.raises(ValueError, match="block must be an integer >= 1, got '32'"):
+        WindowDataset(data.corpus, block="32")
 
 
 def test_windows_with_targets_from_elsewhere(data):

@@ -99,9 +99,10 @@ def test_targets_follow_their_definition(corpus, tmp_path, family, batch_size):
     assert targets.meta["inputs"] == wanted
 
 
-def test_more_neighbours_than_rows(store, index, tmp_path):
+@pytest.mark.parametrize("more", [50, 10**12])
+def test_more_neighbours_than_rows(store, index, tmp_path, more):
     targets = build_targets(
-        store, index, tmp_path / "t", num_neighbors=store.num_rows + 50, knn_temperature=8.0
+        store, index, tmp_path / "t", num_neighbors=store.num_rows + more, knn_temperature=8.0
     )
     check_rows(
         targets, expected_rows(store.keys, store.values, store.num_rows, 8.0), tolerance=2e-5

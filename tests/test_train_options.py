@@ -188,6 +188,10 @@ def test_adapter_on_chosen_layers_and_refusals(data, tmp_path, monkeypatch):
         ({"parallel": "fsdp"}, "did you mean 'fsdp2'"),
         ({"parallel": "fsdp2", "compile": True}, "compile is not supported with parallel"),
         ({"track": "tensorboard"}, "track: expected a list"),
+        ({"seed": 2**64}, r"seed must be an integer in \[0, 18446744073709551615\]"),
+        ({"overwrite": "false"}, "overwrite must be True or False, got 'false'"),
+        ({"betas": 0.9}, "betas: expected two numbers, got 0.9"),
+        ({"clip": float("inf")}, "clip must be a number that is finite and > 0.0, got inf"),
     ],
 )
 def test_options_outside_their_range_are_refused(data, tmp_path, changes, message):
@@ -202,6 +206,9 @@ def test_what_cannot_work_here_is_refused_before_the_first_step(data, tmp_path, 
         train(config(data, tmp_path / "out", warmup_steps=13))
     with pytest.raises(ValueError, match="there are none: give valid and base, or on_eval"):
         train(config(data, tmp_path / "out", patience=1, eval_every=1))
+    options = {"valid": data[0], "base": tiny_model("llama"), "eval_every": 1, "keep_best": True}
+    with pytest.raises(ValueError, match=r"monitor must be .* did you mean 'memory_perplexity'"):
+        train(config(data, tmp_path / "out", monitor="memory_perplexty", **options))
     with pytest.raises(ValueError, match=r"unknown tracker 'tensorbord', expected .*tensorboard"):
         train(config(data, tmp_path / "out", track=["tensorbord"]))
     with pytest.raises(ImportError, match="track: aim is not installed: pip install aim"):

@@ -168,6 +168,14 @@ def test_models_that_cannot_train_here_are_refused(data, tmp_path):
     frozen.requires_grad_(False)
     with pytest.raises(ValueError, match="every parameter is frozen"):
         train(config(data, out, model=frozen))
+    unsaved = tiny_model("llama")
+    unsaved.generation_config.temperature = 0.7  # without do_sample
+    with pytest.raises(ValueError, match=r"(?s)refuses to save its config.*`temperature`"):
+        train(config(data, out, model=unsaved))
+    diverged = tiny_model("llama")
+    diverged.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        train(config(data, out, model=diverged))
     with pytest.raises(ValueError, match="device 'nowhere'"):
         train(config(data, out, device="nowhere"))
     assert not list(tmp_path.glob("out*"))

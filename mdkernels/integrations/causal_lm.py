@@ -59,6 +59,11 @@ def causal_lm_loss(
         raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
     inner = _unwrap(model)
     head = lm_head(inner)
+    for name in ("input_ids", "shift_labels"):
+        if name not in batch:
+            raise ValueError(
+                f"batch: has no {name}, got {sorted(batch)}; make it with SparseTargetsCollator"
+            )
     labels = batch["shift_labels"].reshape(-1)
     scored = batch.get("scored")
     if scored is None:

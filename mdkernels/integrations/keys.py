@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ..datastore import Datastore, open_datastore
 from ..targets import TargetStore, open_targets
+from ..value_checks import check_integer
 
 
 class KeyDataset(Dataset):
@@ -48,8 +49,7 @@ class KeyDataset(Dataset):
                 "targets: expected an artefact of the targets stage, which says what datastore it "
                 f"was made from, got {type(self.targets).__name__}"
             )
-        if batch_size < 1:
-            raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
+        check_integer("batch_size", batch_size, 1)
         self.targets.artifact.expect(
             str(self.datastore.artifact), inputs={Datastore.kind: self.datastore.content_id}
         )

@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from ..corpus import Corpus, open_corpus
 from ..ops.sparse_targets import SparseTargets
 from ..targets import open_targets
+from ..value_checks import check_integer
 
 IGNORE_INDEX = -100
 _KNOWN = {"input_ids", "labels", "shift_labels", "attention_mask", "targets"}
@@ -57,6 +58,9 @@ class WindowDataset(Dataset):
         self.targets = None if targets is None else open_targets(targets)
         if self.targets is not None:
             self.targets.check_corpus(self.corpus)
+        check_integer("block", block, 1)
+        if stride is not None:
+            check_integer("stride", stride, 1, block)
         self.block, self.stride = block, max(1, block // 2) if stride is None else stride
         self.spans = self.corpus.windows(self.block, self.stride)
         self.length = min(block, self.corpus.num_rows)
@@ -151,20 +155,23 @@ def _check(number: int, example: Mapping[str, Any]) -> dict[str, Any]:
             "(labels[t] is input_ids[t]) or shift_labels (shift_labels[t] comes after position t)"
         )
     part = {
-        name: torch.as_tensor(value, dtype=torch.int64)
-        for name, value in example.items()
-        if name != "targets"
+        name: _vector(number, name, value) for name, value in example.items() if name != "targets"
     }
     if "labels" in part:
         labels = part.pop("labels")
         part["shift_labels"] = torch.cat([labels[1:], labels.new_full((1,), IGNORE_INDEX)])
     shapes = {name: tuple(value.shape) for name, value in part.items()}
-    if part["input_ids"].ndim != 1 or len(set(shapes.values())) != 1:
+    if len(set(shapes.values())) != 1:
         raise ValueError(
             f"examples: number {number} has shapes {shapes}, expected vectors of one length"
         )
     targets = example.get("targets")
     if targets is not None:
+        if not isinstance(targets, SparseTargets):
+            raise ValueError(
+                f"examples: number {number} has targets of type {type(targets).__name__}, expected "
+                "SparseTargets"
+            )
         scored = int((part["shift_labels"] != IGNORE_INDEX).sum())
         if targets.num_rows != scored:
             raise ValueError(
@@ -173,6 +180,22 @@ def _check(number: int, example: Mapping[str, Any]) -> dict[str, Any]:
             )
         part["targets"] = targets
     return part
+
+
+def _vector(number: int, name: str, value: Any) -> Tensor:
+    try:
+        vector = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        vector = None
+    # An empty list becomes floats.
+    if vector is None or vector.ndim != 1 or (vector.is_floating_point() and len(vector)):
+        found = type(value).__name__
+        if vector is not None:
+            found = f"{vector.dtype} {tuple(vector.shape)}"
+        raise ValueError(
+            f"examples: {name} of number {number} is {found}, expected a vector of integers"
+        )
+    return vector.long()
 
 
 def _pad(vectors: list[Tensor], value: int) -> Tensor:

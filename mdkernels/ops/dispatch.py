@@ -152,23 +152,21 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def _in_memory(value):
-    """A tensor argument, or a list or None, as its memory: torch.Tensor may also be a negation
-    that is still to be done, or zeros that have no memory (of forward-mode differentiation)."""
-    if isinstance(value, list):
+    """An argument; the tensors that it is or lists become memory that a pointer can be taken of."""
+    if type(value) is list:
         return [_in_memory(item) for item in value]
-    if value is None or type(value) not in _PLAIN:
+    if type(value) not in _PLAIN:
         return value
     if value._is_zerotensor():
         return value.new_zeros(value.shape).zero_()
     return value.resolve_neg()
 
 
-def _needs_dispatcher(tensors) -> bool:
-    """Whether anything between the caller and the kernel wants to see a registered operator:
-    a mode, a tracer, a transform, the profiler, a tensor subclass in any place."""
+def _watched() -> bool:
+    """Whether anything between the caller and the kernel wants to see a registered operator: a
+    mode, a transform, a tracer, the profiler."""
     return (
-        any(type(tensor) not in _PLAIN for tensor in tensors)
-        or torch._C._len_torch_dispatch_stack() > 0
+        torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
         or torch.autograd.profiler._is_profiler_enabled
@@ -186,7 +184,7 @@ def define(op: str, function: str, schema: str, fake, mutates: bool = False, nee
 
     An eager call goes to the backend directly: the dispatcher's boxing of the arguments costs more
     than a decode-sized kernel (27 of 60 us on one Zen 3 core). Whatever has to see the operator
-    still does, see `_needs_dispatcher`.
+    still does: see `_watched`, and tensor subclasses in any place.
     """
     name = f"{op}_{function}"
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -216,13 +214,19 @@ def define(op: str, function: str, schema: str, fake, mutates: bool = False, nee
     def call(*args):
         if torch.compiler.is_compiling():
             return overload(*args)
-        args = list(args)
-        tensors = []
+        plain = True
         for i in places:
-            args[i] = value = _in_memory(args[i])
-            if value is not None:
-                tensors += value if isinstance(value, list) else (value,)
-        return overload(*args) if _needs_dispatcher(tensors) else run(*args)
+            value = args[i]
+            for tensor in value if type(value) is list else (value,):
+                if tensor is None:
+                    continue
+                if type(tensor) not in _PLAIN:
+                    plain = False
+                elif tensor.is_neg() or tensor._is_zerotensor():
+                    # Not what its data pointer says: a negation that is still to be done, or the
+                    # zeros without memory of forward-mode differentiation.
+                    return call(*map(_in_memory, args))
+        return run(*args) if plain and not _watched() else overload(*args)
 
     return call
 

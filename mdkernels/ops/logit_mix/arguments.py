@@ -1,6 +1,7 @@
 """What logit_mix, mix_argmax and mix_sample have in common: their first arguments, checked and in
 the one form that their backends take."""
 
+import contextlib
 import math
 from collections.abc import Sequence
 
@@ -59,19 +60,30 @@ def canonical(base_logits, memory_logits, mix_weight, memory_temperature) -> tup
     return base_logits, memories, row_weights, weights, memory_temperature
 
 
-def differentiable_backend(op: str, arguments: tuple, backend: str):
-    """The backend module to call directly when a gradient is wanted, else None. Within forward-mode
+def recorded(arguments: tuple) -> bool:
+    """Whether autograd would record what is computed from these. Within forward-mode
     differentiation any input may carry a tangent."""
     base, memories, row_weights = arguments[:3]
-    if torch.autograd.forward_ad._current_level < 0 and not (
+    return torch.autograd.forward_ad._current_level >= 0 or (
         torch.is_grad_enabled()
         and (
             base.requires_grad
             or any(memory.requires_grad for memory in memories)
             or (row_weights is not None and row_weights.requires_grad)
         )
-    ):
+    )
+
+
+def unrecorded(arguments: tuple):
+    """`torch.no_grad()` if it would change anything: entering it costs a tenth of a call."""
+    return torch.no_grad() if recorded(arguments) else contextlib.nullcontext()
+
+
+def differentiable_backend(op: str, arguments: tuple, backend: str):
+    """The backend module to call directly when a gradient is wanted, else None."""
+    if not recorded(arguments):
         return None
+    base = arguments[0]
     return dispatch.resolve(op, backend, base.device.type, base.dtype, differentiable=True)
 
 
@@ -140,6 +152,8 @@ def find_weight_fault(row_weights: Tensor | None):
 
 def _weights(mix_weight, memories: int, rows: int, device) -> tuple[Tensor | None, list[float]]:
     if isinstance(mix_weight, (float, int)):
+        if memories == 1 and 0.0 <= mix_weight <= 1.0:
+            return None, [1.0 - mix_weight, float(mix_weight)]
         if memories > 1:
             raise ValueError(
                 f"mix_weight: got one number for {memories} memories; pass a list with the weight "

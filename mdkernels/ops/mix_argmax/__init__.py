@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..logit_mix.arguments import SCHEMA, canonical
+from ..logit_mix.arguments import SCHEMA, canonical, unrecorded
 
-_forward = dispatch.define(
+forward = dispatch.define(
     "mix_argmax",
     "forward",
     f"({SCHEMA}, str backend) -> Tensor",
@@ -40,5 +40,5 @@ def mix_argmax(
         BackendUnavailable: the named backend cannot run here.
     """
     arguments = canonical(base_logits, memory_logits, mix_weight, memory_temperature)
-    with torch.no_grad():
-        return _forward(*arguments, backend)
+    with unrecorded(arguments):
+        return forward(*arguments, backend)

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..logit_mix.arguments import SCHEMA, canonical
-from ..mix_argmax import mix_argmax
+from ..logit_mix.arguments import SCHEMA, canonical, unrecorded
+from ..mix_argmax import forward as greedy
 from .arguments import filtered, sampling, streams
 
 MODES = ("mixture", "component")
@@ -113,15 +113,9 @@ def mix_sample(
             "mode='mixture'"
         )
     seeds, offsets = streams(seeds, offsets, base.shape[0], base.device)
-    with torch.no_grad():
+    with unrecorded(arguments):
         if temperature == 0.0:
-            tokens = mix_argmax(
-                base_logits,
-                memory_logits,
-                mix_weight,
-                memory_temperature=memory_temperature,
-                backend=backend,
-            )
+            tokens = greedy(*arguments, backend)
         else:
             drawn_from = arguments
             if mode == "component":

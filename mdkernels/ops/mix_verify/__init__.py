@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..logit_mix.arguments import SCHEMA, TEMPERATURE_RANGE, canonical
+from ..logit_mix.arguments import SCHEMA, TEMPERATURE_RANGE, canonical, unrecorded
 from ..mix_sample.arguments import filtered, sampling, streams
 
 
@@ -132,7 +132,7 @@ def mix_verify(
     seeds, offsets = streams(seeds, offsets, batch, base.device)
     if row_weights is not None:
         row_weights = row_weights.repeat_interleave(places, 0)
-    with torch.no_grad():
+    with unrecorded((base_logits, memories, row_weights)):
         return MixVerifyOutput(
             *_forward(
                 base_logits.flatten(0, 1).to(base.dtype),
