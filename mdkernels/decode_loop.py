@@ -54,7 +54,7 @@ def run(request: Request) -> Decoded:
     """Decode. Everything was checked."""
     # inference_mode(False) would turn gradients on.
     mode = contextlib.nullcontext() if request.updates_cache else torch.inference_mode()
-    with mode:
+    with mode, _current(request.input_ids.device):
         if request.draft_tokens:
             from .speculate import speculate
 
@@ -65,6 +65,11 @@ def run(request: Request) -> Decoded:
     if decoded.cache is not None and request.keeps_cache:
         _leave_inference_mode(decoded.cache)
     return decoded
+
+
+def _current(device: torch.device):
+    """Makes a GPU the current one: streams, events and captures are those of the current device."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _leave_inference_mode(cache: MixtureCache) -> None:

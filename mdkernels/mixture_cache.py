@@ -53,3 +53,12 @@ class MixtureCache(Cache):
         layers = zip(self.layers, self.is_sliding, strict=True)
         lengths = [layer.get_max_length() for layer, slides in layers if not slides]
         return min((length for length in lengths if length != -1), default=-1)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As of any cache: take a negative number of tokens off the end."""
+        for layer in self.layers:
+            if hasattr(layer, "crop") or layer.is_sliding:
+                layer.crop(tokens_to_remove)
+            else:
+                # A static layer before transformers 5.24: what comes next is written over the rest.
+                layer.cumulative_length.sub_(abs(tokens_to_remove))

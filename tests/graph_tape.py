@@ -10,7 +10,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import import_utils
 
-READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
+aten = torch.ops.aten
+READS = (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.nonzero.default)
+# Of a tensor made from numbers: a copy from memory that is not pinned, which a GPU waits for.
+COPIES = (aten.lift_fresh.default,)
+INDEXED = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 
 
 class _Recorder(TorchDispatchMode):
@@ -19,8 +23,13 @@ class _Recorder(TorchDispatchMode):
         self.calls = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function in READS:
+        masked = function in INDEXED and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        if function in READS or masked:
             raise RuntimeError("a value was read on the host during the capture")
+        if function in COPIES:
+            raise RuntimeError("a tensor was made from numbers of the host during the capture")
         result = function(*args, **(kwargs or {}))
         self.calls.append((function, args, kwargs or {}, result))
         return result

@@ -1,14 +1,18 @@
 """What a GPU does, as far as a CPU can tell: steps that replay as graphs, a host that looks late.
 On a GPU itself: test_decode_gpu.py."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from decode_fixtures import double_mixture
 from graph_tape import Tape
 from mixture_fixtures import greedy, left_padded, prompts
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mdkernels import cuda_graph, decode_loop, speculate
-from mdkernels.decode_loop import run
+from mdkernels.decode_loop import Decoded, DecodeStats, run
 from mdkernels.decode_rows import Request, Sampling
 
 NEW = 24
@@ -132,3 +136,35 @@ def test_tokens_are_shown_one_step_late_and_never_past_the_end(late):
             found = run(asked)
             assert torch.equal(torch.stack(shown, 1), found.sequences[:, ids.shape[1] :])
             assert found.stats.base_passes <= found.sequences.shape[1] - ids.shape[1]
+
+
+def test_a_gpu_that_is_not_the_current_one_is_made_so(monkeypatch):
+    """Streams and captures belong to the current device, whichever the models are on."""
+    current = []
+
+    @contextlib.contextmanager
+    def made_current(device):
+        current.append(device)
+        yield
+        current.pop()
+
+    def plain(request):
+        assert current == [torch.device("cuda:1")]
+        return Decoded(torch.ones(1, 4), None, DecodeStats())
+
+    monkeypatch.setattr(torch.cuda, "device", made_current)
+    monkeypatch.setattr(decode_loop, "_plain", plain)
+    with FakeTensorMode():
+        ids = torch.ones(1, 3, dtype=torch.int64, device="cuda:1")
+    asked = SimpleNamespace(input_ids=ids, draft_tokens=0, updates_cache=False)
+    assert run(asked).sequences.shape == (1, 4)
+
+
+def test_side_streams_are_the_same_in_every_call(monkeypatch):
+    """Each keeps memory, and torch has 32 to hand out."""
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or len(made))
+    device = torch.device("cuda:7")
+    first, second = (cuda_graph.Streams(3, device) for _ in range(2))
+    assert first.side == second.side == [1, 2]
+    cuda_graph._side_stream.cache_clear()

@@ -54,7 +54,8 @@ def test_every_operation_of_a_dynamic_cache():
     assert torch.equal(grown.layers[0].keys, before)
     for cache in (grown, plain):
         cache.reset()
-    rows = 3
+    if not plain.get_seq_length():  # before transformers 5.24 the length, and so the rows, stay
+        rows = 3
     append(2)
 
 

@@ -13,6 +13,7 @@ from mdkernels.decode import decode
 from mdkernels.draft_length import MOST, DraftLength
 from mdkernels.fast_decode import fast_decode
 from mdkernels.mixture import MemoryMixture
+from mdkernels.mixture_cache import CACHE
 
 NEW = 24
 
@@ -98,7 +99,7 @@ def test_the_cache_of_a_row_can_be_continued():
     first = mixture.generate(
         torch.tensor([row]), max_new_tokens=9, return_dict_in_generate=True, **options
     )
-    whole = mixture.generate(first.sequences, cache=first.cache, max_new_tokens=9, **options)
+    whole = mixture.generate(first.sequences, cache=first[CACHE], max_new_tokens=9, **options)
     assert torch.equal(whole[0], plain(mixture, [row], 18)[0])
 
 

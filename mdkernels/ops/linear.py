@@ -59,9 +59,14 @@ def check_layer(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> torch.dt
 def _computed_in(tensor: Tensor) -> torch.dtype:
     """As autocast casts the operands of a matrix product: all but fp64."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
+    if tensor.dtype == torch.float64 or not _has_autocast(kind):
         return tensor.dtype
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+@torch.compiler.assume_constant_result  # the compilers of torch before 2.12 cannot look into it
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def check_chunk_rows(chunk_rows: int | None) -> int:

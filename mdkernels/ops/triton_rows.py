@@ -32,15 +32,15 @@ def launching(op: str, tensor: Tensor):
     """Launch on the device of `tensor`, whichever is current; a failure names the operator. What an
     argument check raises passes through."""
     device = torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-    with device:
-        try:
+    try:
+        with device:
             yield
-        except (ValueError, TypeError):
-            raise
-        except Exception as error:
-            raise RuntimeError(
-                f"{op} (backend 'triton'): the kernel did not compile or launch: {error}"
-            ) from error
+    except (ValueError, TypeError):
+        raise
+    except Exception as error:
+        raise RuntimeError(
+            f"{op} (backend 'triton'): the kernel did not compile or launch: {error}"
+        ) from error
 
 
 @triton.jit

@@ -73,6 +73,7 @@ def compiling(arch: int):
         yield compiled
     finally:
         JITFunction.run = run
+        driver.set_active(None)  # the real one, when it is asked for
 
 
 def inspect(name: str, kernel, arch: int) -> Kernel:

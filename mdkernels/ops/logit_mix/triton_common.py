@@ -28,10 +28,11 @@ WEIGHT_LIMIT = tl.constexpr(1.0 + WEIGHT_SLACK)
 
 
 # One compilation for every batch size: a serving process must not stop to compile because a count
-# became 1 or a multiple of 16. `width` stays special, since it decides about 16-byte stores.
-mixture_kernel = triton.jit(
-    do_not_specialize=("weight_stride", "weight_step", "parts", "share", "splits")
-)
+# became 1 or a multiple of 16, or because the second half of a scratch buffer, or a view of the
+# caller's, begins at such an address. `width` stays special: it decides about 16-byte stores.
+COUNTS = ("weight_stride", "weight_step", "parts", "share", "splits")
+PLACED = ("sums", "tops", "masses", "row_weights", "tokens", "seeds", "positions")
+mixture_kernel = triton.jit(do_not_specialize=COUNTS, do_not_specialize_on_alignment=PLACED)
 
 
 class Models(NamedTuple):

@@ -165,7 +165,9 @@ def exponentials(seed, offset, first, BLOCK: tl.constexpr, stream):
     if tl.max(short.to(tl.int32), 0) > 0:
         low = words(seed, offset, first, BLOCK, stream + 1)
     v = (high.to(tl.float32) + (low.to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
-    rest = ((~high).to(tl.float32) + ((~low).to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
+    # Not ~: the interpreter of Triton 3.6 has none of unsigned numbers.
+    other_high, other_low = high ^ 0xFFFFFFFF, low ^ 0xFFFFFFFF
+    rest = (other_high.to(tl.float32) + (other_low.to(tl.float32) + 0.5) * 2.0**-32) * 2.0**-32
     r, e = split(tl.maximum(rest, 2.0**-53))
     # Close to 1, `rest` has lost the digits that v has.
     return -log_near_one(tl.where(e == 0, -v, r), e.to(tl.float32))

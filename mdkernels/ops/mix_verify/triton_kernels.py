@@ -7,10 +7,12 @@ from torch import Tensor
 
 from ..logit_mix.triton_common import (
     BLOCK,
+    COUNTS,
     DTYPES,
     LAUNCH,
     LOG2E,
     LOWEST,
+    PLACED,
     PROGRAMS,
     last_of_row,
     log,
@@ -125,7 +127,8 @@ def forward(
 
 # One compilation for every number of places, as for every batch size.
 verify_kernel = triton.jit(
-    do_not_specialize=("weight_stride", "weight_step", "places", "parts", "share", "splits")
+    do_not_specialize=(*COUNTS, "places"),
+    do_not_specialize_on_alignment=(*PLACED, "draft_ids", "draft_lengths"),
 )
 
 
