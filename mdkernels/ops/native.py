@@ -54,11 +54,17 @@ def address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def gpu(tensor: torch.Tensor) -> int:
+    """The number of the device of a CUDA tensor."""
+    return tensor.get_device()
+
+
 def stream(tensor: torch.Tensor) -> tuple[int, int]:
     """The device of a CUDA tensor and its current stream: the first arguments of every operator of
     the CUDA extension."""
-    index = tensor.device.index
-    return index, torch.cuda.current_stream(index).cuda_stream
+    index = tensor.get_device()
+    # torch.cuda.current_stream() builds an object around this number in a few times the time.
+    return index, torch._C._cuda_getCurrentRawStream(index)
 
 
 def empty_huge(like: torch.Tensor, shape, dtype=None) -> torch.Tensor:

@@ -84,7 +84,7 @@ def mixture(
 
 def launch_shape(tensor: Tensor, width: int) -> tuple[int, int]:
     threads, cluster = LAUNCH or next(s for least, s in LAUNCH_TABLE if width >= least)
-    return threads, cluster if device(native.stream(tensor)[0])["capability"] >= 90 else 1
+    return threads, cluster if device(native.gpu(tensor))["capability"] >= 90 else 1
 
 
 @functools.cache

@@ -51,7 +51,7 @@ def forward(
 def score_scratch(like: Tensor, rows: int, width: int, cluster: int) -> tuple[Tensor | None, int]:
     """(a matrix for the scores of rows, its stride), or None for the matrix: the scores of a row
     live in the shared memory of its blocks, if that holds them."""
-    limit = device(native.stream(like)[0])["shared_per_block"]
+    limit = device(native.gpu(like))["shared_per_block"]
     fits = HEADER + 4 * (width // cluster + 4) <= limit
     stride = (width + 3) // 4 * 4
     return None if fits else like.new_empty((rows, stride), dtype=torch.float32), stride
@@ -107,7 +107,7 @@ def logprobs(
 def blocks_of_a_row(like: Tensor, pieces: int) -> int:
     """Over how many blocks to spread the pieces in which a row is summed up, which changes no bit:
     few where the rows fill the device, since a block then waits less often for the others."""
-    blocks, enough = pieces, 6 * device(native.stream(like)[0])["multiprocessors"]  # two rounds
+    blocks, enough = pieces, 6 * device(native.gpu(like))["multiprocessors"]  # two rounds
     while blocks % 2 == 0 and like.shape[0] * blocks // 2 >= enough:
         blocks //= 2
     return blocks
