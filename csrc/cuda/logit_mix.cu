@@ -1,6 +1,6 @@
 // logit_mix: the mixture of a row written out in fp32. Reads the logits from memory once (the
 // second look finds them in a cache), writes once.
-#include "mix.cuh"
+#include "mix_columns.cuh"
 
 namespace mdk {
 namespace {

@@ -1,5 +1,5 @@
 // What the mixture operators share: weights, the normaliser of every model in one read, and the
-// mixture at four columns. Derivation: mdkernels/ops/logit_mix/README.md.
+// best candidate of a row. Derivation: mdkernels/ops/logit_mix/README.md.
 //
 // A row belongs to a cluster of blocks. It is summed up in pieces, one or more per block: per
 // thread, then in a warp, a block and over the pieces, always in the same order. Their number and
@@ -266,114 +266,6 @@ __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShar
   bool valid = s.weights_valid;
   for (int k = 0; k < a.count; ++k) valid = valid && s.sum_valid[k];
   return valid;
-}
-
-// ---- the second look: some columns at a time; four are the tokens of one block of random words
-
-constexpr int kQuad = 4;
-
-// This block's columns [begin, end); begin is a multiple of kTogether.
-struct Columns {
-  int64_t begin, end;
-};
-template <int kTogether = kQuad>
-__host__ __device__ __forceinline__ int64_t columns_per_block(int64_t width, int blocks) {
-  const int64_t each = (width + blocks - 1) / blocks;
-  return (each + kTogether - 1) / kTogether * kTogether;
-}
-template <int kTogether = kQuad>
-__device__ __forceinline__ Columns my_columns(int64_t width) {
-  const int64_t each = columns_per_block<kTogether>(width, cluster_size());
-  const int64_t begin = cluster_rank() * each;
-  return {begin, begin + each < width ? begin + each : width};
-}
-
-// kCount columns as one access, or as several of 16 bytes.
-template <class T, int kCount>
-struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Several {
-  T value[kCount];
-};
-template <int kCount, class T>
-__device__ __forceinline__ void load_from(const T* x, int64_t column, int64_t width, float* out) {
-  const T* at = x + column;
-  if (column >= 0 && column + kCount <= width &&
-      reinterpret_cast<uintptr_t>(at) % alignof(Several<T, kCount>) == 0) {
-    if constexpr (kCount * sizeof(T) >= 16) {
-#pragma unroll
-      for (int i = 0; i < kCount; i += kPerVec<T>) unpack<T>(load16(at + i), out + i);
-    } else {
-      const Several<T, kCount> v = *reinterpret_cast<const Several<T, kCount>*>(at);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) out[i] = to_float(v.value[i]);
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < kCount; ++i)
-    out[i] = column + i >= 0 && column + i < width ? to_float(at[i]) : -INFINITY;
-}
-
-// -inf outside the width of the model.
-template <int kCount>
-__device__ __forceinline__ void load_columns(const MixModel& m, int64_t row, int64_t column,
-                                             float* out) {
-  const void* x = row_of(m, row);
-  if (m.dtype == kF32)
-    load_from<kCount>(static_cast<const float*>(x), column, m.width, out);
-  else if (m.dtype == kBF16)
-    load_from<kCount>(static_cast<const bf16*>(x), column, m.width, out);
-  else
-    load_from<kCount>(static_cast<const f16*>(x), column, m.width, out);
-}
-__device__ __forceinline__ void load_quad(const MixModel& m, int64_t row, int64_t column,
-                                          float* out) {
-  load_columns<kQuad>(m, row, column, out);
-}
-
-// log(1 + x) for x in [0, 1], absolute error 3e-8 plus rounding; exactly 0 at 0.
-__device__ __forceinline__ float log1p_unit(float x) {
-  float p = fmaf(0.00538406206362f, x, -0.0301109685962f);
-  p = fmaf(p, x, 0.079210751614f);
-  p = fmaf(p, x, -0.137466237322f);
-  p = fmaf(p, x, 0.191451175029f);
-  p = fmaf(p, x, -0.248529461627f);
-  p = fmaf(p, x, 0.333203436281f);
-  p = fmaf(p, x, -0.499995525949f);
-  p = fmaf(p, x, 0.999999974534f);
-  return p * x;
-}
-
-__device__ __forceinline__ float log_add(float a, float b) {
-  const float high = fmaxf(a, b);
-  // Two -inf give -inf: the finite floor keeps their difference from being NaN.
-  const float distance = fminf(a, b) - fmaxf(high, kLowest);
-  return high + log1p_unit(exp2_fast(distance * kLog2E));
-}
-
-// log p of a valid row at some columns; -inf where no model reaches.
-template <int kCount>
-__device__ __forceinline__ void mix_columns(const MixArgs& a, const MixShared& s, int64_t row,
-                                            int64_t column, float* out) {
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) out[i] = -INFINITY;
-  bool first = true;
-  for (int k = 0; k < a.count; ++k) {
-    const MixTerm t = s.terms[k];
-    if (!t.live) continue;
-    float x[kCount];
-    load_columns<kCount>(a.models[k], row, column, x);
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      // x - max comes first because it is exact or nearly so, also for logits around 1e4.
-      const float term = fmaf(x[i] - t.max, t.scale, t.offset);
-      out[i] = first ? term : log_add(out[i], term);
-    }
-    first = false;
-  }
-}
-__device__ __forceinline__ void mix_quad(const MixArgs& a, const MixShared& s, int64_t row,
-                                         int64_t column, float* out) {
-  mix_columns<kQuad>(a, s, row, column, out);
 }
 
 // ---- the best candidate of a row

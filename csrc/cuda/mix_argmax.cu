@@ -1,5 +1,5 @@
 // mix_argmax: the most probable token of the mixture, in one launch.
-#include "mix.cuh"
+#include "mix_columns.cuh"
 
 namespace mdk {
 namespace {

@@ -2,7 +2,7 @@
 // descending, id ascending), so their chain is the last token that is kept. It is found without
 // sorting, by counting: eight thresholds a pass. Derivation: mdkernels/ops/mix_sample/README.md.
 #pragma once
-#include "mix.cuh"
+#include "mix_columns.cuh"
 
 namespace mdk {
 
