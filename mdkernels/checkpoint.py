@@ -67,9 +67,8 @@ def save(
         if final.exists():
             _discard(final)
         partial.rename(final)
-    except BaseException:
+    finally:  # after the rename there is none
         shutil.rmtree(partial, ignore_errors=True)
-        raise
     sync_path(directory)
     return final
 
