@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from train_fixtures import config, make_corpus, make_targets, same, steps, weights
+from train_fixtures import Stop, config, make_data, same, steps, weights
 from transformers import AutoModelForCausalLM
 
 from mdkernels.artifact import ArtifactError
@@ -12,13 +12,7 @@ from mdkernels.train import train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
-
-
-class Stop(Exception):
-    pass
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def scores(values, stop=None):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pipeline_fixtures import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_fixtures import config, make_corpus, make_targets, same, steps, weights
+from train_fixtures import Stop, config, make_data, same, steps, weights
 from transformers import AutoModelForCausalLM
 
 from mdkernels import cli
@@ -21,13 +21,7 @@ from mdkernels.train import train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
-
-
-class Stop(Exception):
-    pass
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def rows_of(result):

@@ -7,7 +7,7 @@ import shutil
 import pytest
 from pipeline_fixtures import tiny_model
 from safetensors import SafetensorError
-from train_fixtures import config, make_corpus, make_targets, same, steps, weights
+from train_fixtures import Stop, config, make_data, same, steps, weights
 
 from mdkernels import checkpoint
 from mdkernels.artifact import ArtifactError
@@ -17,13 +17,7 @@ from mdkernels.train import train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
-
-
-class Stop(Exception):
-    pass
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def run(data, out, stop=None, seen=None, **changes):

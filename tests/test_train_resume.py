@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from pipeline_fixtures import save_tiny_checkpoint, tiny_model, tiny_tokenizer
-from train_fixtures import config, make_corpus, make_targets, same, steps, weights
+from train_fixtures import Stop, config, make_corpus, make_data, same, steps, weights
 from transformers import AutoModelForCausalLM
 
 from mdkernels import checkpoint
@@ -18,13 +18,7 @@ from mdkernels.train import TrainConfig, train
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
-
-
-class Stop(Exception):
-    """Stands for whatever ends a run."""
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
 def stop_at(step):

@@ -30,6 +30,16 @@ def make_targets(corpus, root):
     )
 
 
+def make_data(root):
+    """(corpus, its targets) under `root`: what `config` takes."""
+    corpus = make_corpus(root / "corpus")
+    return corpus, make_targets(corpus, root)
+
+
+class Stop(Exception):
+    """Stands for whatever ends a run."""
+
+
 def config(data, out, **changes) -> TrainConfig:
     """Twelve steps of a tiny Llama on `data` = (corpus, targets), with `changes`."""
     corpus, targets = data
