@@ -4,6 +4,7 @@
 #include "isa.h"
 #include "parallel.h"
 #include "sparse_kl_driver.h"
+#include "split_sum_driver.h"
 
 void bind_mix(py::module_& m);  // mix_bind.cpp
 
@@ -47,6 +48,13 @@ py::object sparse_kl(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t
   return report(fault);
 }
 
+void split_sum(uintptr_t high, uintptr_t low, uintptr_t product, int64_t n, bool low_known,
+               bool last, int threads) {
+  const py::gil_scoped_release release;
+  mdk::split_sum(pointer<uint16_t>(high), pointer<uint16_t>(low), pointer<uint16_t>(product), n,
+                 low_known, last, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -59,6 +67,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("advise_huge_pages",
         [](uintptr_t data, int64_t bytes) { mdk::advise_huge_pages(pointer<void>(data), bytes); });
   m.def("sparse_kl", &sparse_kl);
+  m.def("split_sum", &split_sum);
   bind_mix(m);
   bind_knn_targets(m);
 }

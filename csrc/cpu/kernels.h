@@ -96,6 +96,8 @@ struct MdkKernels {
   // MdkKnnFault with its column and value in the scratch.
   int64_t (*knn_targets)(const MdkKnnTargets*, MdkKnnScratch*, int64_t row, int32_t* ids,
                          float* probs);
+  void (*split_sum)(uint16_t* high, uint16_t* low, const uint16_t* product, int64_t n,
+                    int low_known, int last);
   MdkMixKernels mix;
 };
 

@@ -7,6 +7,7 @@ namespace {
 #include "knn_targets.inl"
 #include "online_lse.inl"
 #include "sparse_kl.inl"
+#include "split_sum.inl"
 #include "mix_common.inl"
 #include "logit_mix.inl"
 #include "mix_argmax.inl"
@@ -20,6 +21,7 @@ extern "C" const MdkKernels MDK_TABLE = {
     MDK_ISA_NAME,
     sparse_kl,
     knn_targets,
+    split_sum,
     {mix_sums, mix_write, mix_best, mix_group_max, mix_collect, mix_mass_above, mix_race,
      mix_residual, mix_exponential, W},
 };

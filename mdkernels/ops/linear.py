@@ -117,6 +117,7 @@ class Layer:
         if not chunk_rows:
             chunk_rows = default_chunk_rows(self.rows, self.vocab, dtype, hidden.device)
         self.chunk_rows = max(min(chunk_rows, self.rows), 1)
+        self.num_chunks = -(-self.rows // self.chunk_rows)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """(rows, their hidden states, their logits). The logits are the consumer's to overwrite,
@@ -124,7 +125,7 @@ class Layer:
         if self.rows == 0:
             return
         stride = _row_stride(self.vocab, self.weight.dtype)
-        buffer = native.scratch(self.weight, (self.chunk_rows, stride))[:, : self.vocab]
+        buffer = native.empty_huge(self.weight, (self.chunk_rows, stride))[:, : self.vocab]
         for start in range(0, self.rows, self.chunk_rows):
             rows = slice(start, min(start + self.chunk_rows, self.rows))
             hidden, logits = self.hidden[rows], buffer[: rows.stop - start]

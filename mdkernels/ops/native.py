@@ -4,11 +4,8 @@ Importing mdkernels never fails because of a missing or broken extension; using 
 it does, with the reason.
 """
 
-import contextlib
 import functools
 import importlib
-import math
-import mmap
 from types import ModuleType
 
 import torch  # first: its OpenMP runtime must be the one the extension binds to
@@ -78,20 +75,3 @@ def empty_huge(like: torch.Tensor, shape, dtype=None) -> torch.Tensor:
     if out.device.type == "cpu" and out.nbytes >= 4 << 20 and extension is not None:
         extension.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out
-
-
-def scratch(like: torch.Tensor, shape, dtype=None) -> torch.Tensor:
-    """An uninitialised tensor on the device of `like` that is soon freed.
-
-    A large one on a CPU is a mapping of its own, so that its memory is the system's again at once.
-    malloc would place it in a hole of the heap where there is one, and keep it.
-    """
-    dtype = dtype or like.dtype
-    size = math.prod(shape) * dtype.itemsize
-    if like.device.type != "cpu" or size < 4 << 20 or not hasattr(mmap, "MAP_PRIVATE"):
-        return torch.empty(shape, dtype=dtype, device=like.device)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without huge pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=dtype).view(shape)

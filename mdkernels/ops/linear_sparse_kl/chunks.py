@@ -36,8 +36,8 @@ def gradient(
     dhidden = hidden.new_empty(hidden.shape if hidden_grad else 0)
     dbias = hidden.new_zeros(layer.vocab if bias_grad else 0, dtype=wide_dtype(hidden))
     if weight_grad:
-        num_chunks = -(-layer.rows // layer.chunk_rows)
-        dweight = WeightGradient(layer.weight, parameter_grad_dtype(weight, dtype), num_chunks)
+        grad_dtype = parameter_grad_dtype(weight, dtype)
+        dweight = WeightGradient(kernels, layer.weight, grad_dtype, layer.num_chunks)
     for rows, states, logits in layer.chunks():
         part = _window(rows, row_offsets, token_ids, probs, labels)
         coefs = kl_coef[rows], ce_coef[rows]

@@ -7,87 +7,74 @@ from torch import Tensor
 
 from .. import native
 
-# Of the vocabulary. PRODUCT_ROWS: so much of a 16-bit product is added to the sum while it is in
-# cache. BLOCK_ROWS: of the sum, which is freed block by block.
-PRODUCT_ROWS = 2048
-BLOCK_ROWS = 6 * PRODUCT_ROWS
+PRODUCT_ROWS = 2048  # of the vocabulary: so much of a product is added to the sum while in cache
 
 
 class WeightGradient:
-    """sum over chunks of dlogits.T @ hidden, both in `weight.dtype`, as (V, D) in `dtype`.
+    """sum over `chunks` of dlogits.T @ hidden, both in `weight.dtype`, as (V, D) in `dtype`.
 
     A sum in 16 bits would be rounded once per chunk at its own size. Here a chunk is rounded at
     most at the size of the chunk, so the error does not grow with the number of chunks.
+
+    On a CPU the fp32 sum of a bf16 gradient is kept as two halves (`kernels.add_product_`): the
+    upper ones are in the gradient itself, only the lower ones are memory beside it.
     """
 
-    def __init__(self, weight: Tensor, dtype: torch.dtype, chunks: int):
-        self.weight, self.dtype, self.empty = weight, dtype, True
-        self.narrow = weight.dtype in (torch.bfloat16, torch.float16)
+    def __init__(self, kernels, weight: Tensor, dtype: torch.dtype, chunks: int):
+        self.weight, self.dtype, self.chunks, self.added = weight, dtype, chunks, 0
+        narrow = weight.dtype in (torch.bfloat16, torch.float16)
         # One product is its own sum: fp32 inside the product, rounded once.
-        self.direct = not self.narrow or (chunks == 1 and dtype == weight.dtype)
-        sum_dtype = dtype if self.direct else torch.float32
-        vocab, width = weight.shape
-        if sum_dtype == dtype:
-            self.blocks = [native.empty_huge(weight, weight.shape, dtype)]
-        else:
-            step = BLOCK_ROWS if weight.device.type == "cpu" else vocab
-            self.blocks = [
-                native.scratch(weight, (min(step, vocab - start), width), sum_dtype)
-                for start in range(0, vocab, step)
-            ]
-        self.product = None
+        self.direct = not narrow or (chunks == 1 and dtype == weight.dtype)
+        self.halves = None
+        if not self.direct and weight.dtype == dtype == torch.bfloat16:
+            self.halves = getattr(kernels, "add_product_", None)
+        sum_dtype = dtype if self.direct or self.halves else torch.float32
+        self.total = native.empty_huge(weight, weight.shape, sum_dtype)
+        self.low = self.product = None
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
-        start = 0
-        for block in self.blocks:
-            stop = start + len(block)
-            self._add(block, dlogits[:, start:stop].t(), hidden)
-            start = stop
-        self.empty = False
-
-    def _add(self, total: Tensor, left: Tensor, hidden: Tensor) -> None:
-        if self.direct:
-            if self.empty:
-                torch.mm(left, hidden, out=total)
-            else:
-                total.addmm_(left, hidden)
-        elif total.device.type == "cuda" and self.empty:
-            torch.mm(left, hidden, out_dtype=total.dtype, out=total)
-        elif total.device.type == "cuda" and _adds_wide(left.dtype, left.device):
-            torch.addmm(total, left, hidden, out_dtype=total.dtype, out=total)
+        first, left = self.added == 0, dlogits.t()
+        self.added += 1
+        if self.direct and not first:
+            self.total.addmm_(left, hidden)
+        elif first and self.total.dtype == hidden.dtype:
+            torch.mm(left, hidden, out=self.total)
+        elif self.total.device.type == "cuda" and first:
+            torch.mm(left, hidden, out_dtype=self.total.dtype, out=self.total)
+        elif self.total.device.type == "cuda" and _adds_wide(hidden.dtype, hidden.device):
+            torch.addmm(self.total, left, hidden, out_dtype=self.total.dtype, out=self.total)
         else:
-            self._add_products(total, left, hidden)
+            self._add_products(left, hidden)
 
-    def _add_products(self, total: Tensor, left: Tensor, hidden: Tensor) -> None:
+    def _add_products(self, left: Tensor, hidden: Tensor) -> None:
         """Where torch adds no product of 16-bit matrices to fp32 ones. A CPU has the products in
         16 bits only."""
-        wide = {"out_dtype": total.dtype} if total.device.type == "cuda" else {}
+        wide = {"out_dtype": torch.float32} if hidden.device.type == "cuda" else {}
         if self.product is None:
-            shape = min(PRODUCT_ROWS, len(total)), hidden.shape[1]
+            shape = min(PRODUCT_ROWS, len(self.total)), hidden.shape[1]
             self.product = hidden.new_empty(shape, dtype=wide.get("out_dtype"))
-        for start in range(0, len(total), PRODUCT_ROWS):
-            part = total[start : start + PRODUCT_ROWS]
-            product = self.product[: len(part)]
-            torch.mm(left[start : start + PRODUCT_ROWS], hidden, **wide, out=product)
-            if self.empty:
-                part.copy_(product)
+        low_known, last = self.low is not None, self.added == self.chunks
+        if self.halves and not low_known and not last:
+            self.low = native.empty_huge(self.total, self.total.shape, torch.int16)
+        for start in range(0, len(self.total), PRODUCT_ROWS):
+            part = slice(start, start + PRODUCT_ROWS)
+            total = self.total[part]
+            product = self.product[: len(total)]
+            torch.mm(left[part], hidden, **wide, out=product)
+            if self.halves:
+                low = None if self.low is None else self.low[part]
+                self.halves(total, low, product, low_known=low_known, last=last)
+            elif self.added == 1:
+                total.copy_(product)
             else:
-                part.add_(product)
+                total.add_(product)
 
     def finish(self) -> Tensor:
         """The sum. Call it once."""
-        blocks, self.blocks, self.product = self.blocks, [], None
-        if self.empty:
-            return self.weight.new_zeros(self.weight.shape, dtype=self.dtype)
-        if blocks[0].dtype == self.dtype:
-            return blocks[0]
-        result = native.empty_huge(self.weight, self.weight.shape, self.dtype)
-        stop = len(result)
-        while blocks:
-            block = blocks.pop()
-            result[stop - len(block) : stop] = block
-            stop -= len(block)
-        return result
+        if self.added == 0:
+            return self.total.zero_().to(self.dtype)
+        self.low = self.product = None
+        return self.total.to(self.dtype)
 
 
 @functools.cache

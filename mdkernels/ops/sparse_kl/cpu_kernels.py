@@ -66,6 +66,24 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
     grad.mul_(factor if factor.ndim == 0 else factor[:, None])
 
 
+def add_product_(
+    high: Tensor, low: Tensor | None, product: Tensor, *, low_known: bool, last: bool
+) -> None:
+    """For linear_sparse_kl: add bf16 numbers to an fp32 sum in two halves, all contiguous. `high`
+    (bf16) has the upper bits of the sum, `low` (int16) the lower ones, which are 0 without
+    `low_known`. With `last`, `high` becomes the rounded sum and `low`, unless it is known, may be
+    None."""
+    native.load("_cpu").module.split_sum(
+        high.data_ptr(),
+        native.address(low),
+        product.data_ptr(),
+        product.numel(),
+        low_known,
+        last,
+        torch.get_num_threads(),
+    )
+
+
 def _launch(
     logits,
     sparse,
