@@ -7,7 +7,9 @@ from torch import Tensor
 
 from .. import native
 
-PRODUCT_ROWS = 2048  # of the vocabulary: so much of a product is added to the sum while in cache
+# So much of a product at a time: in a cache when it is added to the sum, and enough work between
+# two waits of the threads for each other, which counts where other processes take their turns.
+PRODUCT_BYTES = 8 << 20
 
 
 class WeightGradient:
@@ -31,6 +33,7 @@ class WeightGradient:
         sum_dtype = dtype if self.direct or self.halves else torch.float32
         self.total = native.empty_huge(weight, weight.shape, sum_dtype)
         self.low = self.product = None
+        self.product_rows = max(PRODUCT_BYTES // (weight.shape[1] * weight.itemsize), 64)
 
     def add(self, dlogits: Tensor, hidden: Tensor) -> None:
         first, left = self.added == 0, dlogits.t()
@@ -51,13 +54,13 @@ class WeightGradient:
         16 bits only."""
         wide = {"out_dtype": torch.float32} if hidden.device.type == "cuda" else {}
         if self.product is None:
-            shape = min(PRODUCT_ROWS, len(self.total)), hidden.shape[1]
+            shape = min(self.product_rows, len(self.total)), hidden.shape[1]
             self.product = hidden.new_empty(shape, dtype=wide.get("out_dtype"))
         low_known, last = self.low is not None, self.added == self.chunks
         if self.halves and not low_known and not last:
             self.low = native.empty_huge(self.total, self.total.shape, torch.int16)
-        for start in range(0, len(self.total), PRODUCT_ROWS):
-            part = slice(start, start + PRODUCT_ROWS)
+        for start in range(0, len(self.total), self.product_rows):
+            part = slice(start, start + self.product_rows)
             total = self.total[part]
             product = self.product[: len(total)]
             torch.mm(left[part], hidden, **wide, out=product)
