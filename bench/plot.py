@@ -4,7 +4,7 @@ speedup_<op>.png: how many times longer every baseline takes than the kernel, wi
 floor.png: how many times longer the kernels take than the memory floor measured beside them.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import report
@@ -101,5 +101,7 @@ def draw(device: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    for drawn in draw(Path(sys.argv[1])):
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    parser.add_argument("device", type=Path, metavar="DIR", help="bench/results/<device>")
+    for drawn in draw(parser.parse_args().device):
         print(drawn)

@@ -2,7 +2,7 @@
 
 With --goals instead: the table of the project's README, from the GPU results that are there."""
 
-import sys
+import argparse
 from pathlib import Path
 
 import regimes
@@ -21,6 +21,8 @@ provider some of whose samples stayed disturbed."""
 def documents(device: Path) -> list[dict]:
     """Every results file of a device, in the order of `results.OPS`."""
     found = {path.stem: results.read(path) for path in device.glob("*.json")}
+    if not found.keys() & set(results.OPS):
+        raise SystemExit(f"{device}: no results of an operator (*.json); measure with bench/run.py")
     return [found[op] for op in results.OPS if op in found]
 
 
@@ -143,11 +145,20 @@ def write(device: Path) -> Path:
     return path
 
 
-if __name__ == "__main__":
-    if sys.argv[1] == "--goals":
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition(":")[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("device", nargs="?", type=Path, metavar="DIR", help="bench/results/<device>")
+    what.add_argument("--goals", action="store_true", help="print the GPU goals, as in README.md")
+    arguments = parser.parse_args()
+    if arguments.goals:
         from gpu import report as gpu_report
 
         found = gpu_report.measured(Path(__file__).parent / "results")
         print(gpu_report.goals_table(found, gpu_report.HEADLINES))
     else:
-        print(write(Path(sys.argv[1])))
+        print(write(arguments.device))
+
+
+if __name__ == "__main__":
+    main()

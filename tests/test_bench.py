@@ -28,6 +28,21 @@ def smoke(tmp_path_factory) -> Path:
     return device
 
 
+@pytest.mark.parametrize("script", ["report", "plot"])
+def test_a_folder_without_results_is_refused(tmp_path, script):
+    command = [sys.executable, str(BENCH / f"{script}.py")]
+    if script == "plot":
+        pytest.importorskip("matplotlib", reason="matplotlib draws the plots")
+    usage = subprocess.run([*command, "--help"], capture_output=True, text=True, timeout=60)
+    assert usage.returncode == 0
+    assert "DIR" in usage.stdout
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"{tmp_path}: no results of an operator (*.json); measure with bench/run.py"
+    )
+
+
 def test_smoke_writes_every_regime_and_a_floor(smoke, load):
     results = load("results")
     for op in OPS:
