@@ -285,6 +285,16 @@ def test_default_chunks_are_even_and_within_the_limit(rows, vocab, dtype, device
         assert -rows % found < linear.CHUNK_MULTIPLE * -(-rows // found)
 
 
+@pytest.mark.parametrize(("vocab", "width", "fits"), [(50257, 768, True), (151936, 896, False)])
+def test_the_sum_of_the_weight_gradient_counts_as_scratch_of_a_gpu(vocab, width, fits):
+    beside = 2 * vocab * width  # fp32 instead of bf16
+    size = 8192, vocab, torch.bfloat16, torch.device("cuda")
+    found = linear.default_chunk_rows(*size, beside)
+    logits = found * linear._row_stride(vocab, torch.bfloat16) * 2
+    assert (logits + beside <= linear.GPU_SCRATCH_BYTES) == fits
+    assert found == linear.default_chunk_rows(*size) or fits
+
+
 def test_checks_cover_the_storage():
     head = make_head(rows=3)
     weight = head.weight.detach()

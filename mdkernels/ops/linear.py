@@ -11,7 +11,9 @@ from . import checks, native
 ROW_ALIGNMENT = 64  # bytes: a row of the buffer starts on a cache line, whatever the vocabulary
 CHUNK_MULTIPLE = 32  # rows: whole tiles of a matrix product
 # Bytes of logits at a time. On a CPU the rows decide first: past CPU_ROWS of them the products gain
-# little, and the buffer should stay small beside the gradient of the weight.
+# little, and the buffer should stay small beside the gradient of the weight. On a GPU it is the
+# limit of all scratch; where the sum of that gradient alone takes more than half of it, small
+# chunks would read and write the sum too often, and the limit is that of the logits.
 SCRATCH_BYTES = {"cpu": 256 << 20}
 GPU_SCRATCH_BYTES = 320_000_000
 CPU_ROWS = 416
@@ -79,11 +81,15 @@ def check_chunk_rows(chunk_rows: int | None) -> int:
     return chunk_rows
 
 
-def default_chunk_rows(rows: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Chunks of nearly equal size within the scratch limit of the device."""
-    most = SCRATCH_BYTES.get(device.type, GPU_SCRATCH_BYTES) // (
-        _row_stride(vocab, dtype) * dtype.itemsize
-    )
+def default_chunk_rows(
+    rows: int, vocab: int, dtype: torch.dtype, device: torch.device, beside: int = 0
+) -> int:
+    """Chunks of nearly equal size within the scratch limit of the device, `beside` bytes of which
+    are taken."""
+    limit = SCRATCH_BYTES.get(device.type, GPU_SCRATCH_BYTES)
+    if device.type != "cpu" and beside <= limit // 2:
+        limit -= beside
+    most = limit // (_row_stride(vocab, dtype) * dtype.itemsize)
     if device.type == "cpu":
         most = min(most, CPU_ROWS)
     most = max(most // CHUNK_MULTIPLE * CHUNK_MULTIPLE, 1)
@@ -107,7 +113,7 @@ def _operand(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 class Layer:
     """hidden @ weight.T + bias in `dtype`, some rows at a time."""
 
-    def __init__(self, hidden, weight, bias, chunk_rows: int, dtype: torch.dtype):
+    def __init__(self, hidden, weight, bias, chunk_rows: int, dtype: torch.dtype, beside: int = 0):
         for name, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
             if value is not None:
                 checks.storage_covers(name, value)
@@ -115,7 +121,8 @@ class Layer:
         self.bias = None if bias is None else bias.to(dtype)
         self.rows, self.vocab = len(hidden), len(weight)
         if not chunk_rows:
-            chunk_rows = default_chunk_rows(self.rows, self.vocab, dtype, hidden.device)
+            size = self.rows, self.vocab
+            chunk_rows = default_chunk_rows(*size, dtype, hidden.device, beside)
         self.chunk_rows = max(min(chunk_rows, self.rows), 1)
         self.num_chunks = -(-self.rows // self.chunk_rows)
 

@@ -176,7 +176,8 @@ def linear_sparse_kl(
         targets, labels, kl_weight, ignore_index, reduction: as for `sparse_kl`.
         bias: (V,) or None.
         chunk_rows: rows of logits at a time; None chooses: at most 416 rows and 256 MiB on a CPU,
-            at most 320 MB on a GPU.
+            at most 320 MB on a GPU, with what summing up the gradient of a 16-bit weight takes
+            (where that is more than half of it: for the logits alone).
         backend: of the kernel between the matrix products; see `mdkernels.backends`.
 
     Returns:

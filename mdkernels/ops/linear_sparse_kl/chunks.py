@@ -31,12 +31,14 @@ def gradient(
     """kl and ce per row, and the gradients of ``(kl_coef * kl + ce_coef * ce).sum()`` that are
     asked for, empty tensors for the others."""
     _check_values(weight, row_offsets, token_ids, labels, ignore_index)
-    layer = Layer(hidden, weight, bias, chunk_rows, dtype)
+    grad_dtype = parameter_grad_dtype(weight, dtype)
+    # The fp32 sum of 16-bit products is larger than the gradient that it becomes.
+    extra = max(4 - grad_dtype.itemsize, 0) * weight.numel() if weight_grad else 0
+    layer = Layer(hidden, weight, bias, chunk_rows, dtype, extra)
     kl, ce = _per_row(hidden), _per_row(hidden)
     dhidden = hidden.new_empty(hidden.shape if hidden_grad else 0)
     dbias = hidden.new_zeros(layer.vocab if bias_grad else 0, dtype=wide_dtype(hidden))
     if weight_grad:
-        grad_dtype = parameter_grad_dtype(weight, dtype)
         dweight = WeightGradient(kernels, layer.weight, grad_dtype, layer.num_chunks)
     for rows, states, logits in layer.chunks():
         part = _window(rows, row_offsets, token_ids, probs, labels)
