@@ -103,6 +103,7 @@ def test_module_entry_point():
     ("arguments", "message"),
     [
         (["trian"], "unknown stage 'trian', did you mean 'train'?"),
+        (["--version"], "unknown argument '--version'"),
         (["train", "--lrr", "1"], "unknown argument '--lrr', did you mean '--lr'?"),
         (["train", "--out", "x"], "missing --corpus, --model; for example: mdkernels train"),
         (["train", "--block", "many"], "argument --block: invalid int value: 'many'"),
