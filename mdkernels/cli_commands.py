@@ -51,6 +51,11 @@ def train(**settings: Any) -> str | None:
     from .train import TrainConfig
     from .train import train as run
 
+    every = settings.get("eval_every")
+    if every is not None and settings.get("valid") is None:
+        raise ValueError(
+            f"eval_every: got {every}, but there is nothing to evaluate; give valid and base too"
+        )
     result = run(TrainConfig.from_dict(settings))
     distributed.leave()
     if not result.is_main:

@@ -106,6 +106,10 @@ def test_module_entry_point():
         (["--version"], "unknown argument '--version'"),
         (["train", "--lrr", "1"], "unknown argument '--lrr', did you mean '--lr'?"),
         (["train", "--out", "x"], "missing --corpus, --model; for example: mdkernels train"),
+        (
+            ["train", "--corpus", "c", "--model", "m", "--out", "o", "--eval-every", "1"],
+            "eval_every: got 1, but there is nothing to evaluate; give valid and base too",
+        ),
         (["train", "--block", "many"], "argument --block: invalid int value: 'many'"),
         (["train", "--objective", "klce"], "argument --objective: invalid choice: 'klce'"),
         (["evaluate", "--base", "b", "--corpus", "nowhere"], "no corpus artefact at nowhere"),
