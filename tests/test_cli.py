@@ -110,6 +110,7 @@ def test_module_entry_point():
             ["train", "--corpus", "c", "--model", "m", "--out", "o", "--eval-every", "1"],
             "eval_every: got 1, but there is nothing to evaluate; give valid and base too",
         ),
+        (["generate", "--draft-tokens", "x"], "argument --draft-tokens: invalid N|auto value: 'x'"),
         (["train", "--block", "many"], "argument --block: invalid int value: 'many'"),
         (["train", "--objective", "klce"], "argument --objective: invalid choice: 'klce'"),
         (["evaluate", "--base", "b", "--corpus", "nowhere"], "no corpus artefact at nowhere"),
