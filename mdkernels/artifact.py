@@ -188,7 +188,9 @@ def _read_meta(path: Path, kind: str) -> dict[str, Any]:
         meta = json.loads(file.read_bytes())
         checksum = meta.pop("checksum") if isinstance(meta, dict) else None
     except FileNotFoundError:
-        raise ArtifactError(f"{path} is not an artefact: it has no {META}") from None
+        raise ArtifactError(
+            f"{path} is not an artefact: it has no {META}; expected what {command(kind)} wrote"
+        ) from None
     except (ValueError, KeyError, RecursionError, OSError) as error:
         raise ArtifactError(f"{file}: cannot be read ({error}); {rebuild}") from error
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:

@@ -48,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, unknown = parser.parse_known_args(words)
     stage: Stage | None = getattr(arguments, "stage", None)
     if stage is None:
+        if unknown:
+            parser.error(f"unknown argument {unknown[0]!r}")
         parser.print_help()
         return 0
     if unknown:

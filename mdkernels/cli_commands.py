@@ -51,16 +51,30 @@ def train(**settings: Any) -> str | None:
     from .train import TrainConfig
     from .train import train as run
 
+    every = settings.get("eval_every")
+    if every is not None and settings.get("valid") is None:
+        raise ValueError(
+            f"eval_every: got {every}, but there is nothing to evaluate; give valid and base too"
+        )
     result = run(TrainConfig.from_dict(settings))
     distributed.leave()
     if not result.is_main:
         return None
     last = next(row for row in reversed(result.metrics) if "loss" in row)
-    best = "" if result.best_step is None else f", weights of step {result.best_step:,}"
-    return (
+    text = (
         f"{result.path}: {result.steps:,} steps, {result.epochs:.2f} epochs, loss "
-        f"{last['loss']:.4f}, {result.tokens_per_s:,.0f} tokens/s{best}"
+        f"{last['loss']:.4f}, {result.tokens_per_s:,.0f} tokens/s"
     )
+    step = result.steps
+    if result.best_step is not None:
+        step = result.best_step
+        text += f", weights of step {step:,}"
+    for scores in (row["eval"] for row in result.metrics if "eval" in row and row["step"] == step):
+        text += (
+            f", mixture perplexity {scores['mixture_perplexity']:.2f} "
+            f"(base {scores['base_perplexity']:.2f}, memory {scores['memory_perplexity']:.2f})"
+        )
+    return text
 
 
 def evaluate(**settings: Any) -> None:

@@ -65,6 +65,9 @@ def _count_or_auto(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+_count_or_auto.__name__ = "N|auto"  # argparse names the type so when it refuses a value
+
+
 def _windows(batch_size: int, of_batch: str = "windows per forward pass") -> tuple[Option, ...]:
     return (
         _count("block", "input tokens per window", 1024),

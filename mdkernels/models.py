@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import convert_slow_tokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from .artifact import PARTIAL, ArtifactError
 
 # config.model_type -> the list of blocks; each block's feed-forward part is its `.mlp`.
 _BLOCKS = {
@@ -182,10 +185,18 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _load(what: str, load: Callable[..., Any], name: str | os.PathLike, **options: Any) -> Any:
+    path = Path(name)
+    partial = path.with_name(path.name + PARTIAL)
+    if not path.exists() and partial.is_dir():
+        raise ArtifactError(
+            f"no model at {path}: an unfinished run left {partial}; the same `mdkernels train` "
+            "again continues it, and its checkpoints are models too"
+        )
     try:
         return load(os.fspath(name), **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        missing = "" if path.exists() else "there is no such directory; as a hub id: "
         raise ValueError(
-            f"cannot load a {what} from {os.fspath(name)!r}: {error}. Pass a local directory in "
-            "the Hugging Face layout or a hub id"
+            f"cannot load a {what} from {os.fspath(name)!r}: {missing}{str(error).rstrip('.')}. "
+            "Pass a local directory in the Hugging Face layout or a hub id"
         ) from error

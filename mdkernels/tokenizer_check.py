@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .artifact import META, PARTIAL, ArtifactError, read_artifact
+from .artifact import META, read_artifact
 from .models import load_tokenizer, tokenizer_hash
 
 
@@ -40,21 +40,12 @@ def check_tokenizers(models: Sequence[Any], corpora: Sequence[Any] = ()) -> None
 
 
 def check_trained(source: Any) -> None:
-    """Raise ArtifactError if `source` is the directory of a damaged or unfinished training run.
+    """Raise ArtifactError if `source` is the directory of a damaged training run.
 
     Hub ids, other directories and objects pass.
     """
-    if not isinstance(source, (str, os.PathLike)):
-        return
-    path = Path(source)
-    partial = path.with_name(path.name + PARTIAL)
-    if (path / META).is_file():
-        read_artifact(path, "train", verify=True)
-    elif not path.exists() and partial.is_dir():
-        raise ArtifactError(
-            f"no model at {path}: an unfinished run left {partial}; the same `mdkernels train` "
-            "again continues it, and its checkpoints are models too"
-        )
+    if isinstance(source, (str, os.PathLike)) and (Path(source) / META).is_file():
+        read_artifact(source, "train", verify=True)
 
 
 def first_difference(

@@ -110,7 +110,7 @@ def test_missing_artefact_names_the_command(tmp_path):
     with pytest.raises(ArtifactError, match=r"no corpus artefact at .*`mdkernels corpus`"):
         read_artifact(tmp_path / "nothing", "corpus")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ArtifactError, match=r"has no meta\.json"):
+    with pytest.raises(ArtifactError, match=r"has no meta\.json; .*`mdkernels corpus`"):
         read_artifact(tmp_path / "empty", "corpus")
     (tmp_path / "killed.partial").mkdir()
     with pytest.raises(ArtifactError, match=r"killed\.partial.*again to resume"):

@@ -103,8 +103,14 @@ def test_module_entry_point():
     ("arguments", "message"),
     [
         (["trian"], "unknown stage 'trian', did you mean 'train'?"),
+        (["--version"], "unknown argument '--version'"),
         (["train", "--lrr", "1"], "unknown argument '--lrr', did you mean '--lr'?"),
         (["train", "--out", "x"], "missing --corpus, --model; for example: mdkernels train"),
+        (
+            ["train", "--corpus", "c", "--model", "m", "--out", "o", "--eval-every", "1"],
+            "eval_every: got 1, but there is nothing to evaluate; give valid and base too",
+        ),
+        (["generate", "--draft-tokens", "x"], "argument --draft-tokens: invalid N|auto value: 'x'"),
         (["train", "--block", "many"], "argument --block: invalid int value: 'many'"),
         (["train", "--objective", "klce"], "argument --objective: invalid choice: 'klce'"),
         (["evaluate", "--base", "b", "--corpus", "nowhere"], "no corpus artefact at nowhere"),

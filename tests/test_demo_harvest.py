@@ -1,5 +1,7 @@
 """Harvesting docstrings: what is found, what counts as a near-duplicate, how files are split."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -157,3 +159,22 @@ def test_the_parser_runs_without_the_package():
     )
     subprocess.run([sys.executable, "-I", "-c", code], check=True, timeout=60)
     assert Path(parser.__file__).name == "docstrings.py"
+
+
+def test_ctrl_c_ends_the_workers_without_a_word(tmp_path):
+    """A terminal sends Ctrl-C to the whole group; the worker reads a file that never ends."""
+    source = tmp_path / "endless.py"
+    os.mkfifo(source)
+    code = (
+        "from pathlib import Path\n"
+        "from mdkernels.demo.docstrings import parse_files\n"
+        f"try: parse_files([Path({str(source)!r})])\n"
+        "except KeyboardInterrupt: print('stopped')\n"
+    )
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    command = [sys.executable, "-c", code]
+    # open() returns once the worker has opened the file too.
+    with subprocess.Popen(command, **pipes, start_new_session=True) as process, open(source, "wb"):
+        os.killpg(process.pid, signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (out, err, process.returncode) == (b"stopped\n", b"", 0)

@@ -78,12 +78,14 @@ def test_text_to_mixture(family, tmp_path, capsys):
     assert report["mixture"]["mix_weight"][0] > 0.5
 
     rows = [json.loads(line) for line in (tmp_path / "memory" / "metrics.jsonl").open()]
-    assert rows[-1]["eval"]["mixture_perplexity"] < rows[-1]["eval"]["base_perplexity"]
+    scores = rows[-1]["eval"]
+    assert scores["mixture_perplexity"] < scores["base_perplexity"]
+    shown = f"mixture perplexity {scores['mixture_perplexity']:.2f} (base "
+    assert shown in capsys.readouterr().out
     memory = AutoModelForCausalLM.from_pretrained(tmp_path / "memory")
     assert memory.config.model_type == family
     assert torch.isfinite(memory(torch.ones(1, 4, dtype=torch.int64)).logits).all()
 
-    capsys.readouterr()
     command(
         "generate", "--base", base, "--memory", tmp_path / "memory", "--prompt", "the tensor",
         "--mix-weight", 0.9, "--max-new-tokens", 8, "--side-by-side", "--device", "cpu",

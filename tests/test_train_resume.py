@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from mdkernels import checkpoint
 from mdkernels.artifact import ArtifactError
 from mdkernels.evaluate import evaluate
+from mdkernels.generate import generate
 from mdkernels.train import TrainConfig, train
 
 
@@ -233,3 +234,5 @@ def test_a_damaged_or_unfinished_run_is_no_model(data, tmp_path):
         train(config(data, tmp_path / "stopped", save_every=1, eval_every=1), on_eval=stop_at(2))
     with pytest.raises(ArtifactError, match=r"unfinished run left .*stopped.partial"):
         evaluate(tmp_path / "stopped", None, corpus, block=32)
+    with pytest.raises(ArtifactError, match=r"unfinished run left .*stopped.partial"):
+        generate(out, tmp_path / "stopped", "the index")

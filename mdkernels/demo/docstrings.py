@@ -13,6 +13,7 @@ import os
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 MIN_CHARS = 80
@@ -58,17 +59,24 @@ def parse_files(paths: list[Path], processes: int | None = None) -> dict[Path, l
 
     command = [sys.executable, "-I", __file__]
     pipe = subprocess.PIPE
-    workers = [subprocess.Popen(command, stdin=pipe, stdout=pipe) for _ in shares]
-    for worker, share in zip(workers, shares, strict=True):
-        # A worker reads all its input before it writes, so no pipe can fill up on both sides.
-        worker.stdin.write("\n".join(map(str, share)).encode(errors="surrogateescape"))
-        worker.stdin.close()
+    # Out of reach of the terminal's Ctrl-C, at which each would print a traceback.
+    popen = partial(subprocess.Popen, command, stdin=pipe, stdout=pipe, start_new_session=True)
+    workers = [popen() for _ in shares]
     found: dict[str, list[str]] = {}
-    for worker in workers:
-        found.update(json.load(worker.stdout))
-    for worker in workers:
-        if worker.wait() != 0:
-            raise RuntimeError(f"docstring worker ended with status {worker.returncode}")
+    try:
+        for worker, share in zip(workers, shares, strict=True):
+            # A worker reads all its input before it writes, so no pipe can fill up on both sides.
+            worker.stdin.write("\n".join(map(str, share)).encode(errors="surrogateescape"))
+            worker.stdin.close()
+        for worker in workers:
+            found.update(json.load(worker.stdout))
+        for worker in workers:
+            if worker.wait() != 0:
+                raise RuntimeError(f"docstring worker ended with status {worker.returncode}")
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
     return {path: found[str(path)] for path in paths if str(path) in found}
 
 
