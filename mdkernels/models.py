@@ -186,7 +186,7 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _load(what: str, load: Callable[..., Any], name: str | os.PathLike, **options: Any) -> Any:
     path = Path(name)
-    partial = path.with_name(path.name + PARTIAL)
+    partial = Path(f"{path}{PARTIAL}")
     if not path.exists() and partial.is_dir():
         raise ArtifactError(
             f"no model at {path}: an unfinished run left {partial}; the same `mdkernels train` "

@@ -261,6 +261,11 @@ def test_unknown_family_and_missing_model(tmp_path):
     assert ".." not in str(raised.value)
 
 
+def test_a_model_in_the_current_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(save_tiny_checkpoint(tmp_path / "model", "llama"))
+    assert load_model(".").config.model_type == "llama"
+
+
 def test_a_truncated_checkpoint_is_named(tmp_path):
     path = save_tiny_checkpoint(tmp_path / "model", "llama")
     weights = tmp_path / "model" / "model.safetensors"
