@@ -11,13 +11,7 @@ struct LogitMix {
   float* out;  // (rows, width)
 };
 
-constexpr int kTogether = 8;  // columns at a time
-
-__device__ __forceinline__ int columns_before(const MixModel& m, int64_t row) {
-  const void* x = row_of(m, row);
-  return m.dtype == kF32 ? misalignment(static_cast<const float*>(x))
-                         : misalignment(static_cast<const bf16*>(x));
-}
+constexpr int kTogether = 16;  // columns at a time
 
 __global__ void __launch_bounds__(kMixThreads, 3)
     logit_mix_kernel(const __grid_constant__ LogitMix a) {
@@ -28,15 +22,14 @@ __global__ void __launch_bounds__(kMixThreads, 3)
     const bool valid = mix_terms(a.mix, row, s, false, a.base_scale ? 0 : -1);
     float shift = valid ? 0.0f : NAN;
     if (a.base_scale) shift += s.terms[0].max + s.terms[0].log_sum;
-    // Counted from the 16-byte boundary at or below the row of the first model: of contiguous rows
-    // of one width, every model's and the output's accesses are then aligned, whatever the width.
+    // The output is aligned likewise.
     const int before = columns_before(a.mix.models[0], row);
-    const Columns mine = my_columns<kTogether>(a.mix.width + before);
+    const Columns mine = my_columns<kTogether>(static_cast<int>(a.mix.width) + before);
     float* out = a.out + row * a.mix.width - before;
-    for (int64_t c = mine.begin + kTogether * thread_index(); c < mine.end;
+    for (int c = mine.begin + kTogether * thread_index(); c < mine.end;
          c += kTogether * thread_count()) {
       float p[kTogether];
-      mix_columns<kTogether>(a.mix, s, row, c - before, p);
+      mix_columns<kTogether>(a.mix, s, c - before, p);
 #pragma unroll
       for (int i = 0; i < kTogether; ++i) p[i] += shift;
       if (c >= before && c + kTogether <= mine.end &&
@@ -50,7 +43,7 @@ __global__ void __launch_bounds__(kMixThreads, 3)
       for (int i = 0; i < kTogether; ++i)
         if (c + i >= before && c + i < mine.end) out[c + i] = p[i];
     }
-    cluster_sync();  // the next row reuses the shared memory
+    if (row + step < a.mix.rows) cluster_sync();  // the next row reuses the shared memory
   }
 }
 

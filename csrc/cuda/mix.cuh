@@ -52,8 +52,9 @@ struct MixArgs {
   }
 };
 
-// log weight + log_softmax(x scale) = (x - max) scale + offset
+// A model at a row: log weight + log_softmax(x scale) = (x - max) scale + offset
 struct MixTerm {
+  int64_t start;  // of the row, in elements
   float max, scale, offset, log_sum;
   bool live;  // has a positive weight
 };
@@ -71,10 +72,12 @@ __device__ __forceinline__ Best<K> better(Best<K> a, Best<K> b) {
   return b.key < a.key || (b.key == a.key && b.id < a.id) ? b : a;
 }
 
+using WarpSums = MaxSum[kMostModels][kMixWarps];
+
 struct MixShared {
   double best_keys[kMixWarps], rank_keys[2][kMostBlocks];
   RowSum pieces[kMostModels][kMostBlocks];
-  MaxSum warps[kMostModels][kMixWarps];
+  WarpSums warps;
   MixTerm terms[kMostModels];
   float weights[kMostModels];
   int best_ids[kMixWarps], rank_ids[2][kMostBlocks];
@@ -120,31 +123,55 @@ __device__ __forceinline__ void add_scaled(MaxSum& acc, const float* x, float sl
   acc.max = max;
 }
 
-// This thread's part of a piece, in 16-byte blocks of memory (see misalignment()). A piece is a
-// contiguous share of the row, which the second look of its block then finds in the nearest cache.
+__device__ __forceinline__ const void* row_of(const MixModel& m, int64_t row) {
+  return static_cast<const char*>(m.x) + row * m.stride * (m.dtype == kF32 ? 4 : 2);
+}
+
+// A contiguous share of a row in 16-byte blocks of memory, see misalignment().
+struct Piece {
+  const char* from;  // aligned
+  int begin;         // blocks of the row before it
+  int size, whole;   // its blocks, those without the last one of the row; negative behind the end
+};
+__device__ __forceinline__ Piece piece_of(const MixModel& m, int64_t row, int piece, int pieces) {
+  const auto* x = static_cast<const char*>(row_of(m, row));
+  const int before = static_cast<int>(reinterpret_cast<uintptr_t>(x) & 15u);
+  const int64_t bytes = m.width * (m.dtype == kF32 ? 4 : 2);
+  const int vectors = static_cast<int>((bytes + before + 15) / 16);
+  const int share = (vectors + pieces - 1) / pieces;
+  Piece p;
+  p.begin = piece * share;
+  p.from = x - before + static_cast<int64_t>(p.begin) * 16;
+  const int left = vectors - p.begin;
+  p.size = left < share ? left : share;
+  p.whole = p.size < left ? p.size : p.size - 1;
+  return p;
+}
+
+__device__ __forceinline__ void prefetch_piece(const Piece& p) {
+  const int first = p.begin == 0 ? 1 : 0;  // partly outside the row
+  if (p.whole > first) prefetch_blocks(p.from + first * 16, p.whole - first);
+}
+
+// This thread's part of a piece.
 template <class T>
-__device__ MaxSum mix_thread_sum(const T* x, int64_t width, float slope, int piece, int pieces) {
+__device__ MaxSum mix_thread_sum(const T* x, int64_t width, float slope, const Piece& p) {
   // kAtOnce 16-byte blocks share a rescaling exponential, kLoads of them are on their way.
   constexpr int kPer = kPerVec<T>, kAtOnce = 16 / kPer, kLoads = 4;
-  const int shift = misalignment(x);
-  const int64_t vectors = (width + shift + kPer - 1) / kPer;
-  const int64_t share = (vectors + pieces - 1) / pieces;
-  const int64_t begin = piece * share, left = vectors - begin;
-  const int size = static_cast<int>(left < share ? left : share);
-  const int whole = size < left ? size : size - 1;  // without the last block of the row
-  const T* from = x - shift + begin * kPer;
+  const int shift = misalignment(x), whole = p.whole;
+  const T* from = reinterpret_cast<const T*>(p.from);
   MaxSum acc;
   float values[kAtOnce * kPer];
   const auto edge = [&](int v) {
     for (int i = 0; i < kPer; ++i) {
-      const int64_t column = (begin + v) * kPer - shift + i;
+      const int64_t column = static_cast<int64_t>(p.begin + v) * kPer - shift + i;
       values[i] = column >= 0 && column < width ? to_float(x[column]) : -INFINITY;
     }
     add_scaled<kPer>(acc, values, slope);
   };
   const int step = thread_count();
   int v = thread_index();
-  if (begin == 0 && v == 0) {
+  if (p.begin == 0 && v == 0) {
     edge(v);
     v += step;
   }
@@ -164,18 +191,14 @@ __device__ MaxSum mix_thread_sum(const T* x, int64_t width, float slope, int pie
     }
   }
   // A piece behind the end of the row has a negative size.
-  if (whole >= 0 && whole < size && begin + whole > 0 && whole % step == thread_index())
+  if (whole >= 0 && whole < p.size && p.begin + whole > 0 && whole % step == thread_index())
     edge(whole);
   return acc;
 }
 
-__device__ __forceinline__ const void* row_of(const MixModel& m, int64_t row) {
-  return static_cast<const char*>(m.x) + row * m.stride * (m.dtype == kF32 ? 4 : 2);
-}
-
 __device__ __forceinline__ MaxSum mix_model_sum(const MixModel& m, int64_t row, float slope,
-                                                int piece, int pieces) {
-  const auto sum = [&](auto* x) { return mix_thread_sum(x, m.width, slope, piece, pieces); };
+                                                const Piece& piece) {
+  const auto sum = [&](auto* x) { return mix_thread_sum(x, m.width, slope, piece); };
   const void* x = row_of(m, row);
   if (m.dtype == kF32) return sum(static_cast<const float*>(x));
   if (m.dtype == kBF16) return sum(static_cast<const bf16*>(x));
@@ -203,9 +226,9 @@ __device__ __forceinline__ float mix_weight(const MixArgs& a, int64_t row, int k
 // Fills s.terms. Returns, alike in all threads of the cluster, whether the row has a distribution.
 // `all`, `also`: look at every model, at the one of that number (-1: none), whatever its weight;
 // the log_sum of a model that has no distribution is NaN. `each`: pieces of a block, in all at most
-// kMostBlocks. The blocks of the cluster must have started.
+// kMostBlocks; `warps` has room for them. The blocks of the cluster must have started.
 __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShared& s, bool all,
-                                          int also, int each = 1) {
+                                          int also, WarpSums* warps, int each) {
   for (int k = thread_index(); k < a.count; k += thread_count()) {
     bool valid;
     s.weights[k] = mix_weight(a, row, k, &valid);
@@ -213,32 +236,40 @@ __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShar
   }
   block_sync();
   const auto needed = [&](int k) { return all || k == also || s.weights[k] > 0.0f; };
-  const int pieces = cluster_size() * each;
+  const int first = cluster_rank() * each, pieces = cluster_size() * each;
+  const auto piece = [&](int e, int k) { return piece_of(a.models[k], row, first + e, pieces); };
+  if (thread_index() == 0) {
+#pragma unroll 1
+    for (int k = 0; k < a.count; ++k)
+      if (needed(k)) prefetch_piece(piece(0, k));
+  }
+  // No barrier between the pieces: a warp that waits for its loads leaves the others at work.
   for (int e = 0; e < each; ++e) {
-    const int piece = cluster_rank() * each + e;
-    if (e > 0) block_sync();  // the piece before has been read
     for (int k = 0; k < a.count; ++k) {
       if (!needed(k)) continue;
+      if (e + 1 < each && thread_index() == 0) prefetch_piece(piece(e + 1, k));
       const float slope = a.models[k].scale * kLog2E;
-      const MaxSum mine = mix_model_sum(a.models[k], row, slope, piece, pieces);
+      const MaxSum mine = mix_model_sum(a.models[k], row, slope, piece(e, k));
       const MaxSum warp = warp_merge(mine, slope);
-      if (lane_index() == 0) s.warps[k][warp_index()] = warp;
+      if (lane_index() == 0) warps[e][k][warp_index()] = warp;
     }
-    block_sync();
-    for (int k = warp_index(); k < a.count; k += warp_count()) {
-      if (!needed(k)) continue;
-      const float slope = a.models[k].scale * kLog2E;
-      const bool mine = lane_index() < warp_count();
-      const MaxSum block = warp_merge(mine ? s.warps[k][lane_index()] : MaxSum{}, slope);
-      RowSum out;
-      out.max = block.max;
-      out.sum = static_cast<double>(block.sum);
-      if (lane_index() < cluster_size()) *cluster_shared(&s.pieces[k][piece], lane_index()) = out;
-    }
+  }
+  block_sync();
+  for (int i = warp_index(); i < each * a.count; i += warp_count()) {
+    const int e = i / a.count, k = i % a.count;
+    if (!needed(k)) continue;
+    const float slope = a.models[k].scale * kLog2E;
+    const bool mine = lane_index() < warp_count();
+    const MaxSum block = warp_merge(mine ? warps[e][k][lane_index()] : MaxSum{}, slope);
+    RowSum out;
+    out.max = block.max;
+    out.sum = static_cast<double>(block.sum);
+    if (lane_index() < cluster_size()) *cluster_shared(&s.pieces[k][first + e], lane_index()) = out;
   }
   cluster_sync();
   for (int k = thread_index(); k < a.count; k += thread_count()) {
     MixTerm& t = s.terms[k];
+    t.start = row * a.models[k].stride;
     t.live = s.weights[k] > 0.0f;
     t.scale = a.models[k].scale;
     t.max = t.log_sum = 0.0f;
@@ -266,6 +297,10 @@ __device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShar
   bool valid = s.weights_valid;
   for (int k = 0; k < a.count; ++k) valid = valid && s.sum_valid[k];
   return valid;
+}
+__device__ __forceinline__ bool mix_terms(const MixArgs& a, int64_t row, MixShared& s, bool all,
+                                          int also) {
+  return mix_terms(a, row, s, all, also, &s.warps, 1);
 }
 
 // ---- the best candidate of a row

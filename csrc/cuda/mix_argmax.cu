@@ -9,21 +9,28 @@ struct MixArgmax {
   int64_t* ids;  // (rows)
 };
 
-// Minus what four columns are compared by: their probability, but the logit itself where one model
-// is alone, which is exact.
-__device__ __forceinline__ void quad_keys(const MixArgs& a, const MixShared& s, int64_t row,
-                                          int64_t column, bool single, float* keys) {
+constexpr int kTogether = 16;  // columns at a time
+
+// Minus what columns are compared by: their probability, but the logit itself where one model is
+// alone, which is exact.
+__device__ __forceinline__ void column_keys(const MixArgs& a, const MixShared& s, int column,
+                                            bool single, float* keys) {
 #pragma unroll
-  for (int i = 0; i < kQuad; ++i) keys[i] = 0.0f;
+  for (int i = 0; i < kTogether; ++i) keys[i] = 0.0f;
   for (int k = 0; k < a.count; ++k) {
     const MixTerm t = s.terms[k];
     if (!t.live) continue;
-    float x[kQuad];
-    load_quad(a.models[k], row, column, x);
+    float x[kTogether];
+    load_columns<kTogether>(a.models[k], t, column, x);
     const float coefficient = exp2_fast(t.offset * kLog2E), slope = t.scale * kLog2E;
+    if (single) {
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i)
-      keys[i] = single ? -x[i] : fmaf(-coefficient, exp2_fast((x[i] - t.max) * slope), keys[i]);
+      for (int i = 0; i < kTogether; ++i) keys[i] = -x[i];
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      keys[i] = fmaf(-coefficient, exp2_fast((x[i] - t.max) * slope), keys[i]);
   }
 }
 
@@ -36,19 +43,21 @@ __global__ void __launch_bounds__(kMixThreads, 3)
     const bool valid = mix_terms(a.mix, row, s, false, -1);
     int live = 0;
     for (int k = 0; k < a.mix.count; ++k) live += s.terms[k].live;
-    Best<float> best = {INFINITY, -1};
-    const Columns mine = my_columns(a.mix.width);
-    for (int64_t c = mine.begin + kQuad * thread_index(); c < mine.end;
-         c += kQuad * thread_count()) {
-      float keys[kQuad];
-      quad_keys(a.mix, s, row, c, live == 1, keys);
+    // A column outside the row, or masked in all models, is not less.
+    Best<float> best = {live == 1 ? INFINITY : 0.0f, -1};
+    const int before = columns_before(a.mix.models[0], row);
+    const Columns mine = my_columns<kTogether>(static_cast<int>(a.mix.width) + before);
+    for (int c = mine.begin + kTogether * thread_index(); c < mine.end;
+         c += kTogether * thread_count()) {
+      float keys[kTogether];
+      column_keys(a.mix, s, c - before, live == 1, keys);
 #pragma unroll
-      for (int i = 0; i < kQuad; ++i)
-        if (c + i < mine.end && keys[i] < best.key) best = {keys[i], static_cast<int>(c) + i};
+      for (int i = 0; i < kTogether; ++i)
+        if (keys[i] < best.key) best = {keys[i], c + i - before};
     }
     best = cluster_best(best, s, 0);
     if (cluster_rank() == 0 && thread_index() == 0) a.ids[row] = valid && best.id > 0 ? best.id : 0;
-    cluster_sync();  // the next row reuses the shared memory
+    if (row + step < a.mix.rows) cluster_sync();  // the next row reuses the shared memory
   }
 }
 

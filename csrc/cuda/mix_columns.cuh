@@ -7,19 +7,28 @@ namespace mdk {
 // The tokens of one block of random words.
 constexpr int kQuad = 4;
 
+// How many elements of the first model lie between its row and the 16-byte boundary at or below.
+// Columns are counted from there where it helps: of contiguous rows of one width, every model's
+// accesses are then aligned, whatever the width.
+__device__ __forceinline__ int columns_before(const MixModel& m, int64_t row) {
+  const void* x = row_of(m, row);
+  return m.dtype == kF32 ? misalignment(static_cast<const float*>(x))
+                         : misalignment(static_cast<const bf16*>(x));
+}
+
 // This block's columns [begin, end); begin is a multiple of kTogether.
 struct Columns {
-  int64_t begin, end;
+  int begin, end;
 };
-template <int kTogether = kQuad>
-__host__ __device__ __forceinline__ int64_t columns_per_block(int64_t width, int blocks) {
-  const int64_t each = (width + blocks - 1) / blocks;
+template <int kTogether>
+__host__ __device__ __forceinline__ int columns_per_block(int width, int blocks) {
+  const int each = (width + blocks - 1) / blocks;
   return (each + kTogether - 1) / kTogether * kTogether;
 }
-template <int kTogether = kQuad>
-__device__ __forceinline__ Columns my_columns(int64_t width) {
-  const int64_t each = columns_per_block<kTogether>(width, cluster_size());
-  const int64_t begin = cluster_rank() * each;
+template <int kTogether>
+__device__ __forceinline__ Columns my_columns(int width) {
+  const int each = columns_per_block<kTogether>(width, cluster_size());
+  const int begin = cluster_rank() * each;
   return {begin, begin + each < width ? begin + each : width};
 }
 
@@ -29,9 +38,9 @@ struct alignas(kCount * sizeof(T) < 16 ? kCount * sizeof(T) : 16) Several {
   T value[kCount];
 };
 template <int kCount, class T>
-__device__ __forceinline__ void load_from(const T* x, int64_t column, int64_t width, float* out) {
+__device__ __forceinline__ void load_from(const T* x, int column, int width, float* out) {
   const T* at = x + column;
-  if (column >= 0 && column + kCount <= width &&
+  if (column >= 0 && column <= width - kCount &&
       reinterpret_cast<uintptr_t>(at) % alignof(Several<T, kCount>) == 0) {
     if constexpr (kCount * sizeof(T) >= 16) {
 #pragma unroll
@@ -50,19 +59,15 @@ __device__ __forceinline__ void load_from(const T* x, int64_t column, int64_t wi
 
 // -inf outside the width of the model.
 template <int kCount>
-__device__ __forceinline__ void load_columns(const MixModel& m, int64_t row, int64_t column,
+__device__ __forceinline__ void load_columns(const MixModel& m, const MixTerm& t, int column,
                                              float* out) {
-  const void* x = row_of(m, row);
+  const int width = static_cast<int>(m.width);
   if (m.dtype == kF32)
-    load_from<kCount>(static_cast<const float*>(x), column, m.width, out);
+    load_from<kCount>(static_cast<const float*>(m.x) + t.start, column, width, out);
   else if (m.dtype == kBF16)
-    load_from<kCount>(static_cast<const bf16*>(x), column, m.width, out);
+    load_from<kCount>(static_cast<const bf16*>(m.x) + t.start, column, width, out);
   else
-    load_from<kCount>(static_cast<const f16*>(x), column, m.width, out);
-}
-__device__ __forceinline__ void load_quad(const MixModel& m, int64_t row, int64_t column,
-                                          float* out) {
-  load_columns<kQuad>(m, row, column, out);
+    load_from<kCount>(static_cast<const f16*>(m.x) + t.start, column, width, out);
 }
 
 // log(1 + x) for x in [0, 1], absolute error 3e-8 plus rounding; exactly 0 at 0.
@@ -79,16 +84,15 @@ __device__ __forceinline__ float log1p_unit(float x) {
 }
 
 __device__ __forceinline__ float log_add(float a, float b) {
-  const float high = fmaxf(a, b);
-  // Two -inf give -inf: the finite floor keeps their difference from being NaN.
-  const float distance = fminf(a, b) - fmaxf(high, kLowest);
-  return high + log1p_unit(exp2_fast(distance * kLog2E));
+  // The difference of two -inf is NaN, which fmaxf drops.
+  const float exponent = fmaxf(-fabsf(a - b) * kLog2E, -200.0f);
+  return fmaxf(a, b) + log1p_unit(exp2_fast(exponent));
 }
 
 // log p of a valid row at some columns; -inf where no model reaches.
 template <int kCount>
-__device__ __forceinline__ void mix_columns(const MixArgs& a, const MixShared& s, int64_t row,
-                                            int64_t column, float* out) {
+__device__ __forceinline__ void mix_columns(const MixArgs& a, const MixShared& s, int column,
+                                            float* out) {
 #pragma unroll
   for (int i = 0; i < kCount; ++i) out[i] = -INFINITY;
   bool first = true;
@@ -96,19 +100,19 @@ __device__ __forceinline__ void mix_columns(const MixArgs& a, const MixShared& s
     const MixTerm t = s.terms[k];
     if (!t.live) continue;
     float x[kCount];
-    load_columns<kCount>(a.models[k], row, column, x);
+    load_columns<kCount>(a.models[k], t, column, x);
+    // x - max comes first because it is exact or nearly so, also for logits around 1e4.
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      // x - max comes first because it is exact or nearly so, also for logits around 1e4.
-      const float term = fmaf(x[i] - t.max, t.scale, t.offset);
-      out[i] = first ? term : log_add(out[i], term);
+    for (int i = 0; i < kCount; ++i) x[i] = fmaf(x[i] - t.max, t.scale, t.offset);
+    if (first) {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[i] = x[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) out[i] = log_add(out[i], x[i]);
     }
     first = false;
   }
-}
-__device__ __forceinline__ void mix_quad(const MixArgs& a, const MixShared& s, int64_t row,
-                                         int64_t column, float* out) {
-  mix_columns<kQuad>(a, s, row, column, out);
 }
 
 }  // namespace mdk

@@ -19,6 +19,7 @@ struct MixCutoff {
 };
 
 constexpr int kBounds = 8;  // thresholds that are measured at a time
+constexpr int kScores = 8;  // columns that a thread mixes together
 
 struct FilterShared {
   unsigned long long warps[kMixWarps][kBounds];
@@ -31,15 +32,30 @@ struct Scores {
   Columns columns;
   float max, scale;  // a token's probability is proportional to exp((score - max) scale)
 
-  // Calls body(four scores, column of the first). Each thread meets the same quads every time.
+  // Calls body(column of the first of kScores). Each thread meets the same columns every time.
+  template <class F>
+  __device__ __forceinline__ void each_group(const F& body) const {
+    for (int c = columns.begin + kScores * thread_index(); c < columns.end;
+         c += kScores * thread_count())
+      body(c);
+  }
+  // Calls body(four scores, column of the first).
   template <class F>
   __device__ __forceinline__ void each_quad(const F& body) const {
-    for (int64_t c = columns.begin + kQuad * thread_index(); c < columns.end;
-         c += kQuad * thread_count()) {
-      float s[kQuad];
-      unpack<float>(load16(at + (c - columns.begin)), s);
-      body(s, static_cast<int>(c));
-    }
+    each_group([&](int group) {
+#pragma unroll 1
+      for (int c = group; c < group + kScores && c < columns.end; c += kQuad) {
+        float s[kQuad];
+        unpack<float>(load16(at + (c - columns.begin)), s);
+        body(s, c);
+      }
+    });
+  }
+  // Of one group; its last quads can be behind the end.
+  __device__ __forceinline__ void store(int group, const float* s) const {
+#pragma unroll
+    for (int i = 0; i < kScores; i += kQuad)
+      if (group + i < columns.end) store16(at + (group + i - columns.begin), pack<float>(s + i));
   }
   __device__ __forceinline__ float share(float score) const {
     return exp2_fast((score - max) * (scale * kLog2E));

@@ -8,19 +8,16 @@ namespace mdk {
 
 // Scores of this block's columns into memory, and the best of them as minus the score.
 __device__ __forceinline__ Best<float> write_scores(const MixArgs& a, const MixShared& s,
-                                                    int64_t row, const Scores& scores) {
+                                                    const Scores& scores) {
   Best<float> best = {INFINITY, -1};
-  const Columns mine = scores.columns;
-  for (int64_t c = mine.begin + kQuad * thread_index(); c < mine.end; c += kQuad * thread_count()) {
-    float p[kQuad];
-    mix_quad(a, s, row, c, p);
+  scores.each_group([&](int c) {
+    float p[kScores];
+    mix_columns<kScores>(a, s, c, p);
 #pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      if (c + i >= a.width) p[i] = -INFINITY;
-      if (-p[i] < best.key) best = {-p[i], static_cast<int>(c) + i};
-    }
-    store16(scores.at + (c - mine.begin), pack<float>(p));
-  }
+    for (int i = 0; i < kScores; ++i)
+      if (-p[i] < best.key) best = {-p[i], c + i};
+    scores.store(c, p);
+  });
   return best;
 }
 

@@ -67,7 +67,7 @@ __device__ __forceinline__ float log_kept_mass(const Scores& scores, const MixCu
 
 __device__ __forceinline__ Scores row_scores(const MixVerify& a, int64_t slot) {
   Scores scores;
-  scores.columns = my_columns(a.mix.width);
+  scores.columns = my_columns<kScores>(static_cast<int>(a.mix.width));
   scores.scale = a.scale;
   scores.at = a.scratch == nullptr ? reinterpret_cast<float*>(shared_memory() + kHeader)
                                    : a.scratch + slot * a.scratch_stride + scores.columns.begin;
@@ -85,7 +85,7 @@ __device__ __forceinline__ Target target_of(const MixVerify& a, const Scores& sc
   return target;
 }
 
-// What mix_quad makes of a single model of weight 1: equal to log v there, bit by bit.
+// What mix_columns makes of a single model of weight 1: equal to log v there, bit by bit.
 __device__ __forceinline__ float draft_logprob(const MixTerm& t, float x) {
   return fmaf(x - t.max, t.scale, -t.log_sum);
 }
@@ -95,8 +95,9 @@ __global__ void __launch_bounds__(kMixThreads, kProcessed ? 1 : 2)
     mix_accept_kernel(const __grid_constant__ MixVerify a) {
   Shared& s = *reinterpret_cast<Shared*>(shared_memory());
   const int64_t step = block_count() / cluster_size(), drafted = a.places - 1;
+  const int64_t tests = a.requests * drafted;
   cluster_sync();  // the others have started
-  for (int64_t slot = block_index() / cluster_size(); slot < a.requests * drafted; slot += step) {
+  for (int64_t slot = block_index() / cluster_size(); slot < tests; slot += step) {
     const int64_t request = slot / drafted, place = slot - request * drafted;
     if (place >= a.draft_lengths[request]) continue;
     const int64_t row = request * a.places + place;
@@ -105,20 +106,22 @@ __global__ void __launch_bounds__(kMixThreads, kProcessed ? 1 : 2)
     const int64_t token = a.draft_ids[slot];
     if (!valid || token < 0 || token >= a.mix.width) {
       if (writes) a.accepted[slot] = 0;
-      cluster_sync();
+      if (slot + step < tests) cluster_sync();
       continue;
     }
     Scores scores = row_scores(a, slot);
     if (kProcessed) {
-      scores.max = -cluster_best(write_scores(a.mix, s.mix, row, scores), s.mix, 0).key;
+      scores.max = -cluster_best(write_scores(a.mix, s.mix, scores), s.mix, 0).key;
     }
     const Target target = target_of<kProcessed>(a, scores, s);
     if (writes) {
-      float p[kQuad], x[kQuad];
-      mix_quad(a.mix, s.mix, row, token, p);
-      load_quad(a.mix.models[a.draft], row, token, x);
-      const float log_target = target.logprob(p[0], static_cast<int>(token));
-      const float log_draft = draft_logprob(s.mix.terms[a.draft], x[0]);
+      const int column = static_cast<int>(token);
+      const MixTerm& draft = s.mix.terms[a.draft];
+      float p, x;
+      mix_columns<1>(a.mix, s.mix, column, &p);
+      load_columns<1>(a.mix.models[a.draft], draft, column, &x);
+      const float log_target = target.logprob(p, column);
+      const float log_draft = draft_logprob(draft, x);
       const auto seed = static_cast<uint64_t>(a.seeds[request]);
       const uint64_t offset =
           static_cast<uint64_t>(a.offsets[request]) + static_cast<uint64_t>(place);
@@ -128,57 +131,54 @@ __global__ void __launch_bounds__(kMixThreads, kProcessed ? 1 : 2)
       a.accepted[slot] = race_exponential(high.word[0], low.word[0]) >=
                          static_cast<double>(log_draft) - static_cast<double>(log_target);
     }
-    cluster_sync();  // the next row reuses the shared memory
+    if (slot + step < tests) cluster_sync();  // the next row reuses the shared memory
   }
 }
 
 // Scores become (v - q')+; the largest of them, as minus it.
 __device__ __forceinline__ Best<float> write_residual(const MixVerify& a, const Shared& s,
-                                                      int64_t row, const Scores& scores,
-                                                      const Target& target) {
+                                                      const Scores& scores, const Target& target) {
   Best<float> best = {INFINITY, -1};
-  const Columns mine = scores.columns;
   const MixTerm term = s.mix.terms[a.draft];
-  for (int64_t c = mine.begin + kQuad * thread_index(); c < mine.end; c += kQuad * thread_count()) {
+  scores.each_quad([&](const float* score, int c) {
     float x[kQuad], r[kQuad];
-    unpack<float>(load16(scores.at + (c - mine.begin)), r);
-    load_quad(a.mix.models[a.draft], row, c, x);
+    load_columns<kQuad>(a.mix.models[a.draft], term, c, x);
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) {
-      const int column = static_cast<int>(c) + i;
-      const float v = exp2_fast(target.logprob(r[i], column) * kLog2E);
+      const int column = c + i;
+      const float v = exp2_fast(target.logprob(score[i], column) * kLog2E);
       r[i] = fmaxf(v - exp2_fast(draft_logprob(term, x[i]) * kLog2E), 0.0f);
       if (-r[i] < best.key) best = {-r[i], column};
     }
-    store16(scores.at + (c - mine.begin), pack<float>(r));
-  }
+    store16(scores.at + (c - scores.columns.begin), pack<float>(r));
+  });
   return best;
 }
 
 // The token of one place; alike in all threads of the cluster.
 template <bool kProcessed>
-__device__ __forceinline__ int draw(const MixVerify& a, Shared& s, int64_t row, Scores scores,
-                                    bool rejected, uint64_t seed, uint64_t offset) {
-  Best<float> top = cluster_best(write_scores(a.mix, s.mix, row, scores), s.mix, 0);
+__device__ __forceinline__ int draw(const MixVerify& a, Shared& s, Scores scores, bool rejected,
+                                    uint64_t seed, uint64_t offset) {
+  Best<float> top = cluster_best(write_scores(a.mix, s.mix, scores), s.mix, 0);
   scores.max = -top.key;
   MixCutoff cutoff = {-INFINITY, static_cast<int>(a.mix.width)};
   float inverse = 0.0f;  // 0: the race is over the target, not over the residual
   if (rejected) {
     const Target target = target_of<kProcessed>(a, scores, s);
     cutoff = target.cutoff;
-    const Best<float> most = cluster_best(write_residual(a, s, row, scores, target), s.mix, 1);
+    const Best<float> most = cluster_best(write_residual(a, s, scores, target), s.mix, 1);
     if (-most.key >= 0x1p-126f) {
       inverse = 1.0f / -most.key;
       top.id = most.id;
     } else {  // lost to rounding: the target itself is as good
-      write_scores(a.mix, s.mix, row, scores);
+      write_scores(a.mix, s.mix, scores);
     }
   } else if (kProcessed) {
     cutoff = mix_cutoff(a.filter, scores, a.mix.width, s.filter);
   }
   const auto rate = [&](float score, int column) {
     if (inverse > 0.0f) return score * inverse;
-    return kept(cutoff, score, column) ? scores.share(score) : 0.0f;
+    return !kProcessed || kept(cutoff, score, column) ? scores.share(score) : 0.0f;
   };
   const unsigned stream = rejected ? kResidualStream : kTokenStream;
   const Best<double> mine = race(scores, rate, seed, offset, stream, top.id);
@@ -206,7 +206,7 @@ __global__ void __launch_bounds__(kMixThreads, kProcessed ? 1 : 2)
       const auto seed = static_cast<uint64_t>(a.seeds[request]);
       const uint64_t offset =
           static_cast<uint64_t>(a.offsets[request]) + static_cast<uint64_t>(place);
-      token = draw<kProcessed>(a, s, row, row_scores(a, request), rejected, seed, offset);
+      token = draw<kProcessed>(a, s, row_scores(a, request), rejected, seed, offset);
     }
     if (cluster_rank() == 0) {
       for (int64_t i = thread_index(); i < a.places; i += thread_count())
@@ -215,7 +215,7 @@ __global__ void __launch_bounds__(kMixThreads, kProcessed ? 1 : 2)
                                                         : -1;
       if (thread_index() == 0) a.num_accepted[request] = place;
     }
-    cluster_sync();  // the next row reuses the shared memory
+    if (request + step < a.requests) cluster_sync();  // the next row reuses the shared memory
   }
 }
 
@@ -223,7 +223,9 @@ template <bool kProcessed>
 void launch_both(const MixVerify& a, Grid grid) {
   const int64_t most = kMostGridBlocks / grid.cluster, tests = a.requests * (a.places - 1);
   size_t scores = 0;
-  if (a.scratch == nullptr) scores = sizeof(float) * columns_per_block(a.mix.width, grid.cluster);
+  if (a.scratch == nullptr)
+    scores =
+        sizeof(float) * columns_per_block<kScores>(static_cast<int>(a.mix.width), grid.cluster);
   if (tests > 0) {
     grid.blocks = (tests < most ? tests : most) * grid.cluster;
     grid.shared_bytes = kHeader + (kProcessed ? scores : 0);

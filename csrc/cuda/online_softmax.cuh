@@ -96,6 +96,14 @@ __device__ __forceinline__ RowSum block_combine(MaxSum mine, MaxSum* warps) {
 
 constexpr int kMostBlocks = 8;  // of a cluster
 
+// A barrier of all threads that work on a row.
+__device__ __forceinline__ void everybody_sync() {
+  if (cluster_size() > 1)
+    cluster_sync();
+  else
+    block_sync();
+}
+
 // All threads of all blocks of the cluster get the result; `row` is the same in all threads of a
 // block. `ranks` is shared memory for kMostBlocks rows, and here too a cluster_sync is due before
 // its next use. The blocks must have met in a cluster_sync since the start of the kernel.

@@ -44,11 +44,11 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
       r.first_entry = r.last_entry = 0;
     }
     r.shift = misalignment(r.x);
-    r.vectors = (a.vocab + r.shift + kPer - 1) / kPer;
-    const int64_t per_block = (r.vectors + cluster_size() - 1) / cluster_size();
+    r.vectors = static_cast<int>((a.vocab + r.shift + kPer - 1) / kPer);
+    const int per_block = (r.vectors + cluster_size() - 1) / cluster_size();
     r.begin = cluster_rank() * per_block;
     r.end = r.begin + per_block < r.vectors ? r.begin + per_block : r.vectors;
-    const int last = static_cast<int>((per_block - 1) / a.chunk);
+    const int last = (per_block - 1) / a.chunk;
 
     // Beyond 1e8 (a row of the lowest finite logits) lse = max + log(sum) has lost the second term.
     const bool known = a.lse_known && fabs(saved) < 1e8;
@@ -88,34 +88,13 @@ __global__ void __launch_bounds__(kMostThreads, 2) sparse_kl_kernel(const Sparse
       }
       correct_label(r, c, t, row);
       kl += correct_targets(r, c, t, row);
-      if (r.grad == nullptr) continue;
+      if (c == 0) break;
       block_sync();
-      write_chunk(r, c, t);
+      if (r.grad != nullptr) write_chunk(r, c, t);
     }
-
-    if (a.kl != nullptr) {
-      kl = warp_add(kl);
-      if (lane_index() == 0) r.shared->kl_warps[warp_index()] = kl;
-      block_sync();
-      if (thread_index() == 0) {
-        kl = 0.0;
-        for (int w = 0; w < warp_count(); ++w) kl += r.shared->kl_warps[w];
-        *cluster_shared(r.shared->kl_ranks + cluster_rank(), 0) = kl;
-      }
-    }
-    if (cluster_size() > 1)
-      cluster_sync();
-    else
-      block_sync();
-    if (!leader) continue;
-    if (a.kl != nullptr) {
-      kl = 0.0;
-      for (int k = 0; k < cluster_size(); ++k) kl += r.shared->kl_ranks[k];
-      a.kl[row] = t.bad ? NAN : static_cast<float>(kl);
-    }
-    if (a.ce != nullptr && (t.bad || r.label < 0)) a.ce[row] = t.bad ? NAN : 0.0f;
-    if (a.lse != nullptr && !a.lse_known)
-      a.lse[row] = t.bad ? NAN : static_cast<double>(t.max) + t.log_normalizer;
+    write_losses(r, t, row, kl);
+    if (r.grad != nullptr) write_chunk(r, 0, t);
+    if (row + step < a.rows) everybody_sync();  // the next row reuses the shared memory
   }
 }
 

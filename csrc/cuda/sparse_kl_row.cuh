@@ -56,7 +56,7 @@ struct Row {
   T* grad;
   int64_t vocab;
   int shift;
-  int64_t vectors, begin, end;  // 16-byte blocks
+  int vectors, begin, end;  // 16-byte blocks
 
   const SparseKL* a;
   int64_t first_entry, last_entry;  // of the targets
@@ -66,15 +66,15 @@ struct Row {
   T* values;  // the chunk
   unsigned *seen, *repeated;
 
-  __device__ int64_t column(int64_t v) const { return v * kPerVec<T> - shift; }
-  __device__ int64_t chunk_start(int c) const { return begin + static_cast<int64_t>(c) * a->chunk; }
+  __device__ int64_t column(int v) const { return static_cast<int64_t>(v) * kPerVec<T> - shift; }
+  __device__ int chunk_start(int c) const { return begin + c * a->chunk; }
   __device__ int chunk_size(int c) const {
-    const int64_t left = end - chunk_start(c);
-    return left <= 0 ? 0 : left < a->chunk ? static_cast<int>(left) : a->chunk;
+    const int left = end - chunk_start(c);
+    return left <= 0 ? 0 : left < a->chunk ? left : a->chunk;
   }
   // Index of a column within chunk c, or -1.
   __device__ int slot(int64_t id, int c) const {
-    const int64_t at = id + shift - chunk_start(c) * kPerVec<T>;
+    const int64_t at = id + shift - static_cast<int64_t>(chunk_start(c)) * kPerVec<T>;
     return at >= 0 && at < static_cast<int64_t>(chunk_size(c)) * kPerVec<T> ? static_cast<int>(at)
                                                                             : -1;
   }
@@ -91,9 +91,9 @@ struct Inside {
 };
 template <class T>
 __device__ __forceinline__ Inside inside(const Row<T>& r, int c) {
-  const int64_t start = r.chunk_start(c), last = r.vectors - 1 - start;
+  const int start = r.chunk_start(c), last = r.vectors - 1 - start;
   const int size = r.chunk_size(c), begin = start == 0 ? 1 : 0;
-  const int end = last < size ? static_cast<int>(last) : size;
+  const int end = last < size ? last : size;
   return {begin, end < begin ? begin : end};
 }
 
@@ -101,13 +101,13 @@ __device__ __forceinline__ Inside inside(const Row<T>& r, int c) {
 // the chunk, whose time is that of their instructions.
 template <class T, class F>
 __device__ __forceinline__ void each_edge(const Row<T>& r, int c, const F& body) {
-  const int64_t start = r.chunk_start(c), last = r.vectors - 1 - start;
+  const int start = r.chunk_start(c), last = r.vectors - 1 - start;
   const int size = r.chunk_size(c);
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
-    const int64_t v = side == 0 ? -start : last;
+    const int v = side == 0 ? -start : last;
     if (v < 0 || v >= size || (side == 1 && last == -start)) continue;
-    if (static_cast<int>(v) % thread_count() == thread_index()) body(static_cast<int>(v));
+    if (v % thread_count() == thread_index()) body(v);
   }
 }
 
@@ -121,7 +121,7 @@ __device__ __forceinline__ void load_chunk(const Row<T>& r, int c) {
   const Inside in = inside(r, c);
   const unsigned whole = static_cast<unsigned>(in.end - in.begin);
   int v = thread_index();
-  const T* from = r.x - r.shift + (r.chunk_start(c) + v) * kPer;
+  const T* from = r.x + r.column(r.chunk_start(c) + v);
 #pragma unroll 1
   for (int g = 0; g < kGroups; ++g) {
     for (int i = 0; i < per_group; ++i) {
@@ -280,6 +280,30 @@ __device__ __forceinline__ void correct_label(const Row<T>& r, int c, const Term
   if (r.grad == nullptr) return;
   atomic_or(r.seen + (at >> 5), 1u << (at & 31));
   r.values[at] = from_float<T>(exp_from(z, t.max) * t.scale - t.ce_coef);
+}
+
+// From each thread's part of kl. Ahead of the stores of the gradient, because those of a cluster
+// would have to arrive in memory before its barrier opens. Also orders the corrections before what
+// follows.
+template <class T>
+__device__ __forceinline__ void write_losses(const Row<T>& r, const Terms& t, int64_t row,
+                                             double kl) {
+  kl = warp_add(kl);
+  if (lane_index() == 0) r.shared->kl_warps[warp_index()] = kl;
+  block_sync();
+  if (thread_index() == 0) {
+    kl = 0.0;
+    for (int w = 0; w < warp_count(); ++w) kl += r.shared->kl_warps[w];
+    *cluster_shared(r.shared->kl_ranks + cluster_rank(), 0) = kl;
+  }
+  if (cluster_size() > 1) cluster_sync();
+  if (cluster_rank() != 0 || thread_index() != 0) return;
+  kl = 0.0;
+  for (int k = 0; k < cluster_size(); ++k) kl += r.shared->kl_ranks[k];
+  if (r.a->kl != nullptr) r.a->kl[row] = t.bad ? NAN : static_cast<float>(kl);
+  if (r.a->ce != nullptr && (t.bad || r.label < 0)) r.a->ce[row] = t.bad ? NAN : 0.0f;
+  if (r.a->lse != nullptr && !r.a->lse_known)
+    r.a->lse[row] = t.bad ? NAN : static_cast<double>(t.max) + t.log_normalizer;
 }
 
 // Chunk c of dz from the logits in shared memory.

@@ -33,13 +33,13 @@ __device__ __forceinline__ void load_edge(const T* x, int64_t column, int64_t vo
 
 template <class T>
 __device__ MaxSum thread_sum(const T* x, int64_t vocab) {
-  constexpr int kPer = kPerVec<T>;
+  constexpr int kPer = kPerVec<T>, kTogether = 16 / kPer;
   const int shift = misalignment(x);
   const int64_t vectors = (vocab + shift + kPer - 1) / kPer;
   const int64_t step = static_cast<int64_t>(thread_count()) * cluster_size();
   int64_t v = static_cast<int64_t>(cluster_rank()) * thread_count() + thread_index();
   MaxSum acc;
-  float values[kAtOnce * kPer];
+  float values[kTogether * kPer];
   if (v == 0 || v == vectors - 1) {
     load_edge(x, v * kPer - shift, vocab, values);
     accumulate<kPer>(acc, values);
@@ -52,8 +52,11 @@ __device__ MaxSum thread_sum(const T* x, int64_t vocab) {
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) raw[i] = load16_once(aligned + (v + i * step) * kPer);
 #pragma unroll
-    for (int i = 0; i < kAtOnce; ++i) unpack<T>(raw[i], values + i * kPer);
-    accumulate<kAtOnce * kPer>(acc, values);
+    for (int i = 0; i < kAtOnce; i += kTogether) {
+#pragma unroll
+      for (int k = 0; k < kTogether; ++k) unpack<T>(raw[i + k], values + k * kPer);
+      accumulate<kTogether * kPer>(acc, values);
+    }
   }
   for (; v < vectors; v += step) {
     if (v < vectors - 1)
@@ -92,11 +95,7 @@ __global__ void __launch_bounds__(kMostThreads) token_logprobs_kernel(const Toke
       a.logprobs[row] = static_cast<float>(distance - log_normalizer);
       a.lse[row] = inside ? static_cast<double>(sum.max) + log_normalizer : NAN;
     }
-    // The next row reuses the shared memory.
-    if (cluster_size() > 1)
-      cluster_sync();
-    else
-      block_sync();
+    if (row + step < a.rows) everybody_sync();  // the next row reuses the shared memory
   }
 }
 
@@ -124,7 +123,7 @@ void token_logprobs(Arguments& in) {
   in.done();
   if (a.rows == 0) return;
 
-  // Eight blocks of 256 threads fill a multiprocessor. Where there are fewer rows than that, the
+  // Six blocks of 256 threads share a multiprocessor. Where there are fewer rows than that, the
   // blocks of a cluster share one, and blocks grow.
   const Device& device = current_device();
   const bool few = a.rows < 2 * device.multiprocessors;

@@ -127,7 +127,8 @@ def plan(base, memories, row_weights, weights, memory_temperature, *, all_models
             tickets,
             ALL=all_models,
             ALSO=also,
-            **made.layout,
+            # A warp adds up its parts without a barrier.
+            **{**made.layout, "num_warps": 1},
         )
     return made
 
