@@ -163,6 +163,19 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def strict_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON for any parser: null where a number is not finite, which JSON cannot say."""
+    return json.dumps(_nulled(value), indent=indent, allow_nan=False)
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _nulled(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def digest(value: Any) -> str:
     return hashlib.blake2b(canonical(value).encode(), digest_size=16).hexdigest()
 
