@@ -200,6 +200,7 @@ def _read_meta(path: Path, kind: str) -> dict[str, Any]:
             raise ArtifactError(f"{file}: larger than {_META_LIMIT} bytes; {rebuild}")
         meta = json.loads(file.read_bytes())
         checksum = meta.pop("checksum") if isinstance(meta, dict) else None
+        found = digest(meta)  # refuses NaN and infinity, which Python's JSON reads
     except FileNotFoundError:
         raise ArtifactError(f"{path} is not an artefact: it has no {META}") from None
     except (ValueError, KeyError, RecursionError, OSError) as error:
@@ -211,7 +212,7 @@ def _read_meta(path: Path, kind: str) -> dict[str, Any]:
             f"{file}: format version {meta.get('version')!r}, this library reads {VERSION}; "
             "use the library version that wrote it, or rebuild it"
         )
-    if checksum != digest(meta):
+    if checksum != found:
         raise ArtifactError(f"{file}: was altered, its checksum does not match; {rebuild}")
     if meta.get("kind") != kind:
         raise ArtifactError(f"{path}: holds a {meta.get('kind')!r} artefact, expected {kind!r}")
