@@ -124,11 +124,11 @@ def evaluate(
             "curve": weight_curve(columns[0], columns[1:-2], shares=weights),
         }
     report["seconds"] = time.perf_counter() - began
+    print(format_table(report))  # before a full disk could lose it
     if out is not None:
         _write_json(Path(out), report)
     if plotted is not None:
         write_plot(report, plotted)
-    print(format_table(report))
     return report
 
 
@@ -200,6 +200,9 @@ def _check_plan(memories, corpus, valid, weights, written, overwrite) -> None:
             raise FileExistsError(
                 f"out: {path} exists; pass overwrite=True (--overwrite) or another file"
             )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"out: the directory {path.parent} is not writable")
 
 
 def _chosen_weights(scores, weights, valid) -> tuple[tuple[float, ...], dict[str, Any]]:
@@ -250,7 +253,6 @@ def _exp(nats: float) -> float:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(strict_json(value, indent=1) + "\n", encoding="utf-8")
     sync_path(partial)
