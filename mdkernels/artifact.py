@@ -163,6 +163,19 @@ def canonical(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+def strict_json(value: Any, *, indent: int | None = None) -> str:
+    """`value` as JSON for any parser: null where a number is not finite, which JSON cannot say."""
+    return json.dumps(_nulled(value), indent=indent, allow_nan=False)
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _nulled(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_nulled(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def digest(value: Any) -> str:
     return hashlib.blake2b(canonical(value).encode(), digest_size=16).hexdigest()
 
@@ -187,6 +200,7 @@ def _read_meta(path: Path, kind: str) -> dict[str, Any]:
             raise ArtifactError(f"{file}: larger than {_META_LIMIT} bytes; {rebuild}")
         meta = json.loads(file.read_bytes())
         checksum = meta.pop("checksum") if isinstance(meta, dict) else None
+        found = digest(meta)  # refuses NaN and infinity, which Python's JSON reads
     except FileNotFoundError:
         raise ArtifactError(
             f"{path} is not an artefact: it has no {META}; expected what {command(kind)} wrote"
@@ -200,7 +214,7 @@ def _read_meta(path: Path, kind: str) -> dict[str, Any]:
             f"{file}: format version {meta.get('version')!r}, this library reads {VERSION}; "
             "use the library version that wrote it, or rebuild it"
         )
-    if checksum != digest(meta):
+    if checksum != found:
         raise ArtifactError(f"{file}: was altered, its checksum does not match; {rebuild}")
     if meta.get("kind") != kind:
         raise ArtifactError(f"{path}: holds a {meta.get('kind')!r} artefact, expected {kind!r}")

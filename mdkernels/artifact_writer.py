@@ -1,7 +1,8 @@
 """Writes the artefacts that `artifact.py` reads: growing arrays, atomic commit, resume.
 
-The work directory is `<out>.partial`, locked against a second writer. It is renamed to `<out>` when
-everything is on disk, so `<out>` does not exist, or is the previous good artefact, or the new one.
+The work directory is `<out>.partial`; who writes it holds a lock on `<out>.partial.lock`. It is
+renamed to `<out>` when everything is on disk, so `<out>` does not exist, or is the previous good
+artefact, or the new one.
 A killed stage leaves the .partial directory; the same stage with the same header resumes it from
 its last `checkpoint`, another header clears it.
 """
@@ -41,7 +42,7 @@ from mdkernels.artifact import (
     read_kind,
 )
 
-PROGRESS, _LOCK = "progress.json", "lock"
+PROGRESS = "progress.json"
 # What the system says of a full disk, without the file.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
@@ -110,11 +111,17 @@ class ArtifactWriter:
         self.header = json.loads(canonical(header))
         _check_target(self.out, kind, overwrite)
         self.work = self.out.with_name(self.out.name + PARTIAL)
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._lock = _acquire_lock(self.work)
+        self.work.parent.mkdir(parents=True, exist_ok=True)
         self._arrays: dict[str, ArrayWriter] = {}
         self._files: list[str] = []
-        progress = self._load_progress()
+        self._lock = _acquire_lock(self.work)
+        try:
+            _check_target(self.out, kind, overwrite)  # another writer may have just finished
+            self.work.mkdir(exist_ok=True)
+            progress = self._load_progress()
+        except BaseException:
+            self.close()
+            raise
         self.state: dict[str, Any] = progress["state"]
         self._saved: dict[str, Any] = progress["arrays"]
         self.resumed = bool(self._saved)
@@ -173,17 +180,20 @@ class ArtifactWriter:
         meta["checksum"] = digest(meta)
         _write_synced(self.work / META, json.dumps(meta, indent=1, sort_keys=True))
         _replace_directory(self.work, self.out)
-        # Only now: had the rename not happened, a resumed run would still need both.
+        # Only now: had the rename not happened, a resumed run would still need it.
         (self.out / PROGRESS).unlink(missing_ok=True)
-        (self.out / _LOCK).unlink(missing_ok=True)
         self.close()
         return read_artifact(self.out, self.kind)
 
     def close(self) -> None:
         """Release the files and the lock; what is not committed stays in the .partial directory."""
+        if self._lock.closed:  # another writer may have the lock by now
+            return
         for array in self._arrays.values():
             with suppress(OSError):  # of a full disk; `checkpoint` and `commit` have their own sync
                 array.close()
+        with suppress(FileNotFoundError):  # somebody cleaned up
+            os.unlink(self._lock.name)
         self._lock.close()
 
     def __enter__(self) -> ArtifactWriter:
@@ -191,7 +201,8 @@ class ArtifactWriter:
 
     def __exit__(self, *exc_info: object) -> None:
         # A failure before the first checkpoint leaves nothing that a later run could use.
-        if exc_info[0] is not None and self.work.is_dir() and not (self.work / PROGRESS).exists():
+        useless = self.work.is_dir() and not (self.work / PROGRESS).exists()
+        if exc_info[0] is not None and useless and not self._lock.closed:
             shutil.rmtree(self.work)
         self.close()
         error = exc_info[1]
@@ -217,8 +228,7 @@ class ArtifactWriter:
                 stacklevel=4,
             )
         for entry in self.work.iterdir():
-            if entry.name != _LOCK:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
         return {"arrays": {}, "state": {}}
 
 
@@ -237,13 +247,17 @@ def _check_target(out: Path, kind: str, overwrite: bool) -> None:
 
 
 def _acquire_lock(work: Path) -> IO[str]:
-    """An exclusive lock that the kernel drops with the process; raises if another writer has it."""
-    lock = open(work / _LOCK, "a")  # noqa: SIM115 (held until the writer closes)
+    """An exclusive lock that the kernel drops with the process; raises if another writer has it.
+
+    The file lies beside `work`, which is renamed while the lock has to hold. The holder deletes it
+    before letting go, so what counts is a lock on the file that has the name.
+    """
+    path = work.with_name(work.name + ".lock")
+    lock = open(path, "a")  # noqa: SIM115 (held until the writer closes)
     busy = False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # The holder may have committed, and moved this file away, between our open and our flock.
-        busy = not os.path.samestat(os.fstat(lock.fileno()), os.stat(work / _LOCK))
+        busy = not os.path.samestat(os.fstat(lock.fileno()), os.stat(path))
     except (BlockingIOError, FileNotFoundError):
         busy = True
     except OSError as error:
@@ -277,14 +291,17 @@ def _sync_directory(path: Path) -> None:
 
 def _replace_directory(work: Path, out: Path) -> None:
     """Put `work` at `out`; what was there is deleted only after the new one is in place."""
+    replaced = out.with_name(out.name + ".replaced")
     if not out.exists():
         os.rename(work, out)
     elif _exchange(work, out):
         shutil.rmtree(work)
     else:  # a file system without atomic exchange: for an instant `out` has another name
-        replaced = out.with_name(out.name + ".replaced")
+        if replaced.exists():  # a kill between the lines below left it
+            shutil.rmtree(replaced)
         os.rename(out, replaced)
         os.rename(work, out)
+    if replaced.exists():
         shutil.rmtree(replaced)
     _sync_directory(out.parent)
 

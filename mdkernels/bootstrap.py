@@ -51,7 +51,8 @@ def mean_intervals(
         tokens = sizes[drawn].sum(axis=1)
         for row, total in zip(means, sums, strict=True):
             row[first : first + len(drawn)] = total[drawn].sum(axis=1) / tokens
-    return np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=1).T
+    with np.errstate(invalid="ignore"):  # between infinite means: NaN
+        return np.quantile(means, [(1 - level) / 2, (1 + level) / 2], axis=1).T
 
 
 def paired_interval(

@@ -14,6 +14,7 @@ import gzip
 import json
 import lzma
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -251,7 +252,7 @@ def _documents(source: str, text_field: str, split: str) -> Iterator[str]:
             yield from reader(lines, source, text_field)
     except UnicodeDecodeError as error:
         raise ValueError(f"inputs: {source!r} is not UTF-8 text: {error}") from error
-    except (EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"inputs: {source!r} is damaged or not compressed: {error}") from error
 
 
@@ -272,7 +273,7 @@ def _jsonl_documents(lines: Iterable[str], source: str, field: str) -> Iterator[
             continue
         try:
             record = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"inputs: {source!r} line {number} is not JSON: {error}") from error
         if not isinstance(record, dict) or not isinstance(record.get(field), str):
             found = sorted(record) if isinstance(record, dict) else type(record).__name__
@@ -300,5 +301,11 @@ def _hub_documents(name: str, field: str, split: str) -> Iterator[str]:
             f"inputs: hf:{name} has no column {field!r}, only {table.column_names}; name it with "
             "text_field (--text-field)"
         )
-    for record in table:
+    for number, record in enumerate(table):
+        if not isinstance(record[field], str):
+            raise ValueError(
+                f"inputs: hf:{name} row {number} has {record[field]!r:.60} in column {field!r}, "
+                "expected a string; filter such rows, or name another column with text_field "
+                "(--text-field)"
+            )
         yield record[field]

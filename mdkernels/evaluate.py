@@ -6,7 +6,6 @@ is fitted on a validation corpus and reported on the test corpus, with bootstrap
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import time
@@ -14,9 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from .artifact import strict_json
 from .bootstrap import MIN_UNITS, block_starts, document_starts, mean_intervals
 from .checkpoint import sync_path
 from .corpus import Corpus, open_corpus
@@ -68,6 +69,8 @@ def evaluate(
     `gain_interval`, and `curve`: [total weight, nats per token] with the memories in the
     proportions of `mix_weight`; where that was fitted, `valid_curve` too. The intervals bootstrap
     the documents of the corpus, or blocks of tokens if there are fewer than 20: see `interval`.
+    `zero_probability_tokens` counts those that a model gives probability 0: one is enough for an
+    infinite perplexity. Numbers that are not finite are null in the file.
 
     Raises ValueError when the tokenizers of models and corpora differ, or neither `valid` nor
     `mix_weight` says what weight to use; FileExistsError when `out` exists.
@@ -121,11 +124,11 @@ def evaluate(
             "curve": weight_curve(columns[0], columns[1:-2], shares=weights),
         }
     report["seconds"] = time.perf_counter() - began
+    print(format_table(report))  # before a full disk could lose it
     if out is not None:
         _write_json(Path(out), report)
     if plotted is not None:
         write_plot(report, plotted)
-    print(format_table(report))
     return report
 
 
@@ -197,6 +200,9 @@ def _check_plan(memories, corpus, valid, weights, written, overwrite) -> None:
             raise FileExistsError(
                 f"out: {path} exists; pass overwrite=True (--overwrite) or another file"
             )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(f"out: the directory {path.parent} is not writable")
 
 
 def _chosen_weights(scores, weights, valid) -> tuple[tuple[float, ...], dict[str, Any]]:
@@ -226,13 +232,15 @@ def _measures(
     values = torch.stack(columns).numpy()
     ends = mean_intervals(values, starts, draws=DRAWS, level=LEVEL, seed=SEED).tolist()
     measures = []
-    for mean, (low, high) in zip(values.mean(axis=1).tolist(), ends, strict=True):
+    means, zeros_of = values.mean(axis=1).tolist(), np.isneginf(values).sum(axis=1).tolist()
+    for mean, (low, high), zeros in zip(means, ends, zeros_of, strict=True):
         measures.append(
             {
                 "nats_per_token": -mean,
                 "perplexity": _exp(-mean),
                 "perplexity_interval": [_exp(-high), _exp(-low)],
                 "bits_per_byte": -mean * values.shape[1] / math.log(2) / corpus.text_bytes,
+                "zero_probability_tokens": zeros,
             }
         )
     how = {"level": LEVEL, "draws": DRAWS, "seed": SEED, "unit": unit, "units": len(starts)}
@@ -245,8 +253,7 @@ def _exp(nats: float) -> float:
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace `path` whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    partial.write_text(strict_json(value, indent=1) + "\n", encoding="utf-8")
     sync_path(partial)
     partial.replace(path)

@@ -29,6 +29,12 @@ def format_table(report: dict[str, Any]) -> str:
         f"{part['bits_per_byte']:11.4f}"
         for (name, part), found in zip(rows, ranges, strict=True)
     ]
+    lines += [
+        f"{name}: probability 0 for {part['zero_probability_tokens']:,} of these tokens, so its "
+        "perplexity is infinite"
+        for name, part in rows
+        if part["zero_probability_tokens"]
+    ]
     if "mixture" in report:
         mixture = report["mixture"]
         low, high = mixture["gain_interval"]
@@ -66,15 +72,16 @@ def write_plot(report: dict[str, Any], path: Path) -> None:
     axes.axhline(base, color="#8c8c8c", lw=1, ls="--", label="base alone, test")
     nats = mixture["nats_per_token"]
     low, high = (math.log(end) for end in mixture["perplexity_interval"])
-    axes.errorbar(
-        [sum(mixture["mix_weight"])],
-        [nats],
-        [[max(0.0, nats - low)], [max(0.0, high - nats)]],
-        fmt="o",
-        color=color,
-        capsize=3,
-        label="given weight" if mixture["fitted_on"] is None else "weight fitted on valid",
-    )
+    if math.isfinite(nats):
+        axes.errorbar(
+            [sum(mixture["mix_weight"])],
+            [nats],
+            [[max(0.0, nats - low)], [max(0.0, high - nats)]],
+            fmt="o",
+            color=color,
+            capsize=3,
+            label="given weight" if mixture["fitted_on"] is None else "weight fitted on valid",
+        )
     several = len(mixture["mix_weight"]) > 1
     axes.set_xlabel("weight of the memories together" if several else "mix weight of the memory")
     axes.set_ylabel("nats per token")

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .artifact import ArtifactError
+from .artifact import ArtifactError, strict_json
 
 METRICS = "metrics.jsonl"
 
@@ -18,7 +18,8 @@ class Metrics:
     """The rows of metrics.jsonl, kept in `rows`; process 0 (`path` given) also writes them.
 
     Rows are {"step", "epoch", "lr", "loss", "kl", "ce", "grad_norm", "tokens_per_s"} per optimizer
-    step and {"step", "eval": {...}} per evaluation. Trackers get the numbers among them.
+    step and {"step", "eval": {...}} per evaluation; null stands for a number that is not
+    finite. Trackers get the numbers among them.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class Metrics:
         self._file = None if path is None else open(path, "a", encoding="utf-8")  # noqa: SIM115
 
     def write(self, row: dict[str, Any]) -> None:
-        self.rows.append(row)
+        text = strict_json(row)
+        self.rows.append(json.loads(text))  # as a resumed run reads it
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            self._file.write(text + "\n")
             self._file.flush()
         numbers = {
             name: value

@@ -87,6 +87,8 @@ def usable_checkpoint(directory: Path, step: int) -> Path:
     Warns when it is not that of `step`, naming the damage. Newer ones, which are damaged or which a
     kill kept from being recorded, are put aside under a name that is never listed: the run would
     keep them in place of its own. Raises ArtifactError, and changes nothing, when there is none.
+
+    A best step that was deleted is no obstacle where nothing older will do: it is not coming back.
     """
     damaged: dict[Path, str] = {}
     wanted = checkpoint.path_of(directory, step)
@@ -101,10 +103,15 @@ def usable_checkpoint(directory: Path, step: int) -> Path:
             break
         damaged[path] = damage
     else:
-        raise ArtifactError(
-            f"no checkpoint to resume from: {_listed(damaged)}. Put back a copy, or pass "
-            "resume=False (--no-resume) to discard the run and start again"
-        )
+        whole = [p for p in damaged if p in listed and find_damage(p) is None]
+        bests = [_best(p) for p in whole]
+        path = next((p for p, best in zip(whole, bests, strict=True) if not best.exists()), None)
+        if path is None:
+            delete = f"delete {bests[0]} to go on without that best step, " if bests else ""
+            raise ArtifactError(
+                f"no checkpoint to resume from: {_listed(damaged)}. Put back a copy, {delete}or "
+                "pass resume=False (--no-resume) to discard the run and start again"
+            )
     if damaged:
         warnings.warn(
             f"{_listed(damaged)}; training goes on from {path.name}, later steps are repeated",
@@ -117,12 +124,17 @@ def usable_checkpoint(directory: Path, step: int) -> Path:
 
 def _damage_of_best(path: Path) -> str | None:
     """Of the checkpoint whose weights a run that goes on from `path` may have to end with."""
-    best = (checkpoint.read_state(path)["best"] or {}).get("step")
-    if best is None:
+    kept = _best(path)
+    if kept is None:
         return None
-    kept = checkpoint.path_of(path.parent, best)
     damage = find_damage(kept) if kept.exists() else "it is missing"
     return None if damage is None else f"its best step, {kept.name}: {damage}"
+
+
+def _best(path: Path) -> Path | None:
+    """The checkpoint of the best step until the one of `path`."""
+    step = (checkpoint.read_state(path)["best"] or {}).get("step")
+    return None if step is None else checkpoint.path_of(path.parent, step)
 
 
 def _listed(damaged: dict[Path, str]) -> str:

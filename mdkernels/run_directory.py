@@ -60,7 +60,10 @@ class RunDirectory:
             state = checkpoint.read_state(path)
             checkpoint.restore_model(path, model)
             rows = metrics.cut(self.metrics, state["metrics_bytes"])
-            start = Start(state["step"], rows, state["best"])
+            best = state["best"]
+            if best and best["step"] and not self.checkpoint(best["step"]).exists():
+                best = None  # its weights are gone: the best of the later steps is kept
+            start = Start(state["step"], rows, best)
         else:
             if self.writer.state:  # a kill from here on must not find a step without a checkpoint
                 self.writer.checkpoint(step=0)

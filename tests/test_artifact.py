@@ -194,6 +194,14 @@ def test_meta_that_is_no_table(small, content):
         read_artifact(small[0], "datastore")
 
 
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_json_has_not(small, number):
+    file = small[0] / "meta.json"
+    file.write_text(file.read_text().replace('"vocab_size": 9', f'"vocab_size": {number}'))
+    with pytest.raises(ArtifactError, match=r"meta\.json: cannot be read \(Out of range"):
+        read_artifact(small[0], "datastore")
+
+
 @settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

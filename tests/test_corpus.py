@@ -3,6 +3,8 @@
 import gzip
 import json
 import lzma
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -134,6 +136,8 @@ def test_large_vocabularies_take_uint32(tmp_path):
         ("a.txt.xz", lzma.compress(b"word " * 999)[:-30], "is damaged"),
         ("a.txt.gz", gzip.compress(b"word " * 999, mtime=0)[:-9], "is damaged"),
         ("a.txt.gz", b"abc", "is damaged"),
+        ("a.txt.gz", gzip.compress(b"word " * 999, mtime=0)[:15] + bytes(9), r"gz' is damaged"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text"', "line 2 is not JSON"),
         ("a.jsonl", b'{"txt": "x"}', r"line 1 has no string field 'text' \(found \['txt'\]\)"),
         ("a.jsonl", b'{"text": 3}', "no string field 'text'"),
@@ -207,6 +211,19 @@ def test_hub_datasets_say_what_is_missing(tmp_path):
     assert corpus.token_ids.tolist() == ids_of(DOCUMENTS)
     with pytest.raises(ValueError, match="no column 'text'"):
         build_corpus(source, tiny_tokenizer(), tmp_path / "e")
+
+
+@pytest.mark.parametrize("value", [None, 7, ["a"]])
+def test_hub_records_without_text_are_named(tmp_path, monkeypatch, value):
+    class Table(list):
+        column_names = ("text",)
+
+    table = Table([{"text": "the tensor"}, {"text": value}])
+    loader = types.SimpleNamespace(load_dataset=lambda name, split: table)
+    monkeypatch.setitem(sys.modules, "datasets", loader)
+    with pytest.raises(ValueError, match=r"hf:some/name row 1 has .* 'text', expected a string"):
+        build_corpus("hf:some/name", tiny_tokenizer(), tmp_path / "c")
+    assert list(tmp_path.iterdir()) == []
 
 
 @given(num_rows=st.integers(1, 300), block=st.integers(1, 64), data=st.data())

@@ -117,23 +117,45 @@ def test_damaged_metrics_are_named(data, tmp_path, content):
     assert [row["step"] for row in steps(run(data, out))] == list(range(5, 13))
 
 
-@pytest.mark.parametrize("how", ["altered", "missing"])
-def test_a_damaged_best_step_is_found_before_training_goes_on(data, tmp_path, how):
+def test_a_damaged_best_step_is_found_before_training_goes_on(data, tmp_path):
     out, best = tmp_path / "out", tmp_path / "out.partial" / "checkpoints" / "step-00000001"
     run(data, out, stop=8, keep_best=True)
     assert listed(out) == ["step-00000001", "step-00000006"]
     shutil.copytree(best, tmp_path / "copy")
-    if how == "altered":
-        flip(best / "model.safetensors")
-    else:
-        shutil.rmtree(best)
+    flip(best / "model.safetensors")
     seen = []
-    message = r"step-00000006 is damaged \(its best step, step-00000001: .*Put back a copy"
+    message = rf"step-00000006 is damaged \(its best step, step-00000001: .*delete {best} to go on"
     with pytest.raises(ArtifactError, match=message):
         run(data, out, seen=seen, keep_best=True)
     assert seen == []
     shutil.copytree(tmp_path / "copy", best, dirs_exist_ok=True)
     assert run(data, out, keep_best=True).best_step == 1
+
+
+@pytest.mark.parametrize("rising", [True, False])
+def test_a_run_goes_on_without_a_best_step_that_was_deleted(data, tmp_path, rising):
+    def hook(_model, step):
+        if len(seen) == 8:
+            raise Stop
+        seen.append(step)
+        later = step if rising else -step
+        return {"mixture_perplexity": -99 if step == 1 else later}
+
+    settings = {"save_every": 2, "eval_every": 1, "keep_best": True, "patience": 20}
+    out, seen = tmp_path / "out", []
+    with pytest.raises(Stop):
+        train(config(data, out, model=tiny_model("llama", seed=3), **settings), on_eval=hook)
+    shutil.rmtree(tmp_path / "out.partial" / "checkpoints" / "step-00000001")
+    seen.clear()
+    with pytest.warns(UserWarning, match=r"step-00000001: it is missing.*goes on from step-000000"):
+        result = train(
+            config(data, out, model=tiny_model("llama", seed=3), **settings), on_eval=hook
+        )
+    assert seen[0] > 7
+    assert (result.steps, result.best_step) == (12, seen[0] if rising else 12)
+    kept = checkpoint.path_of(out / "checkpoints", result.best_step)
+    if rising:
+        assert same(weights(type(result.model).from_pretrained(kept)), weights(result.model))
 
 
 def test_leftovers_of_a_kill_are_not_committed(data, tmp_path):
