@@ -22,7 +22,9 @@ preload="$("$cxx" -print-file-name=libasan.so) $("$cxx" -print-file-name=libstdc
 cd "$lib"
 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   "$python" -c "import mdkernels._cpu as m; assert m.__file__.startswith('$lib'), m.__file__"
-tests=$(grep -lE '^OP = |mix_fixtures|import .*knn_targets|WeightGradient' "$root"/tests/test_*.py)
+# Not the distributions of many draws: they run the code of the other tests again.
+tests=$(grep -lE '^OP = |mix_fixtures|import .*knn_targets|WeightGradient' "$root"/tests/test_*.py \
+  | grep -v _random.py)
 # shellcheck disable=SC2086  # one word per file
 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   "$python" -m pytest --rootdir "$root" -c "$root/pyproject.toml" -p no:cacheprovider $tests "$@"
