@@ -19,7 +19,7 @@ import shutil
 import warnings
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -115,13 +115,12 @@ class ArtifactWriter:
         self._arrays: dict[str, ArrayWriter] = {}
         self._files: list[str] = []
         self._lock = _acquire_lock(self.work)
-        try:
+        with ExitStack() as unless_ready:
+            unless_ready.callback(self.close)
             _check_target(self.out, kind, overwrite)  # another writer may have just finished
             self.work.mkdir(exist_ok=True)
             progress = self._load_progress()
-        except BaseException:
-            self.close()
-            raise
+            unless_ready.pop_all()
         self.state: dict[str, Any] = progress["state"]
         self._saved: dict[str, Any] = progress["arrays"]
         self.resumed = bool(self._saved)

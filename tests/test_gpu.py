@@ -61,9 +61,8 @@ def captured(run):
     try:
         with torch.cuda.graph(graph):
             results = run()
-    except Exception:
-        torch.cuda.set_stream(torch.cuda.default_stream())  # torch leaves the capture's current
-        raise
+    finally:  # a capture that fails leaves its stream current
+        torch.cuda.set_stream(torch.cuda.default_stream())
     return graph, results
 
 
