@@ -25,7 +25,7 @@ void fail(cudaError_t error) { throw std::runtime_error("error " + std::to_strin
 // What a launch on the device refuses.
 void check_grid(const Grid& grid) {
   const Device& device = current_device();
-  const bool good = grid.blocks > 0 && grid.blocks <= kMostGridBlocks && grid.threads > 0 &&
+  const bool good = grid.blocks > 0 && grid.blocks <= INT32_MAX && grid.threads > 0 &&
                     grid.threads <= 1024 && grid.threads % 32 == 0 && grid.cluster > 0 &&
                     grid.cluster <= (device.capability >= 90 ? 8 : 1) &&
                     grid.blocks % grid.cluster == 0 &&
