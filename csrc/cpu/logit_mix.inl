@@ -43,7 +43,9 @@ struct MixSingle {
 // out[0, n) = body(a[0, n), b[0, n)), with stores that bypass the caches if `streaming`.
 template <bool streaming, class A, class B, class Body>
 MDK_INLINE void mix_map(const A* a, const B* b, int64_t n, float* out, Body body) {
-  constexpr int U = kInStep;
+  // With AVX-512 one vector less than the registers hold: two inputs, and every constant stays in
+  // one. On a Zen 4 core 3 in step are 5 % faster than 4.
+  constexpr int U = kInStep == 4 ? 3 : kInStep;
   const auto part = [&](int64_t i, int64_t size) {
     vf x = load1_part(a + i, size, 0.0f), y = load1_part(b + i, size, 0.0f);
     body.template apply<1>(&x, &y);

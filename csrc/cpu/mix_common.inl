@@ -58,12 +58,6 @@ constexpr int kInStep = 4;
 constexpr int kInStep = 2;
 #endif
 
-#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
-constexpr bool kFused = true;  // vfma rounds once
-#else
-constexpr bool kFused = false;
-#endif
-
 // t[u] <- 2^t[u], as vexp2.
 template <int U>
 MDK_INLINE void vexp2_each(vf* t) {
@@ -98,28 +92,14 @@ struct MixSums {
   const T* x;
   int64_t width;
   float scale, reference;
-  bool has_reference;
-  vf slope;         // scale * log2(e)
-  vf minus_origin;  // reference * slope, rounded
-  float correction;
+  Exponent exponent;
 
-  MixSums(const T* row, int64_t n, float s) : x(row), width(n), scale(s) {
-    const float k = s * kLog2E;
-    reference = block_max(x, n < kMixPart ? n : kMixPart);
-    const float origin = reference * k;
-    // Nor is a head of logits so large that the rounding of the origin, 2^-24 of it, could carry an
-    // exponential out of range; a masked head, be it with -inf or a very low number, is one too.
-    has_reference = fabsf(origin) < 1e6f;
-    slope = vset(k);
-    minus_origin = vset(-origin);
-    // What the rounding of the origin shifts is the same for all, and taken back from the sum.
-    correction = kFused ? (float)exp2((double)origin - (double)reference * (double)k) : 1.0f;
-  }
-
-  MDK_INLINE vf exponent(vf a) const {
-    // Fused: exact but for one rounding. Otherwise the product alone would lose digits at 1e4.
-    return kFused ? vfma(a, slope, minus_origin) : (a - vset(reference)) * slope;
-  }
+  MixSums(const T* row, int64_t n, float s)
+      : x(row),
+        width(n),
+        scale(s),
+        reference(block_max(x, n < kMixPart ? n : kMixPart)),
+        exponent(reference, s) {}
 
   // With kMaxima, the lane maxima of every part of kMixPart elements go to `maxima`, W floats each.
   template <bool kMaxima>
@@ -135,7 +115,7 @@ struct MixSums {
       for (; i + U * W <= stop; i += U * W) {
         for (int u = 0; u < U; u += 2) load2(x + i + u * W, t + u, t + u + 1);
         for (int u = 0; u < U; ++u) m[u] = vmax(t[u], m[u]);
-        for (int u = 0; u < U; ++u) t[u] = exponent(t[u]);
+        for (int u = 0; u < U; ++u) t[u] = exponent.at<kFused>(t[u]);
         vexp2_each<U>(t);
         for (int u = 0; u < U; ++u) s[u] += t[u];
       }
@@ -145,7 +125,7 @@ struct MixSums {
         else
           load2_tail(x + i, stop - i, -INFINITY, t, t + 1);
         for (int u = 0; u < 2; ++u) m[u] = vmax(t[u], m[u]);
-        for (int u = 0; u < 2; ++u) t[u] = exponent(t[u]);
+        for (int u = 0; u < 2; ++u) t[u] = exponent.at<kFused>(t[u]);
         vexp2_each<2>(t);
         for (int u = 0; u < 2; ++u) s[u] += t[u];
       }
@@ -154,20 +134,20 @@ struct MixSums {
       top = vmax(m[0], top);
     }
     *maximum = vhmax(top);
-    return vhsum((s[0] + s[1]) + (s[2] + s[3])) * correction;
+    return vhsum((s[0] + s[1]) + (s[2] + s[3])) / (float)exponent.unit;
   }
 
   // Against the block's own maximum, with the subtraction first.
   MDK_INLINE float sum_own(int64_t begin, int64_t end, float own) const {
-    const vf r = vset(own);
+    const Exponent from_own(own, scale);
     vf s0 = vset(0.0f), s1 = s0, a, b;
     for (int64_t i = begin; i < end; i += 2 * W) {
       if (i + 2 * W <= end)
         load2(x + i, &a, &b);
       else
         load2_tail(x + i, end - i, -INFINITY, &a, &b);
-      s0 += vexp2((a - r) * slope);
-      s1 += vexp2((b - r) * slope);
+      s0 += vexp2(from_own.at<false>(a));
+      s1 += vexp2(from_own.at<false>(b));
     }
     return vhsum(s0 + s1);
   }
@@ -178,7 +158,7 @@ struct MixSums {
     const int64_t end = width - begin < kMixBlock ? width : begin + kMixBlock;
     float maximum;
     const float sum = sum_shared<kMaxima>(begin, end, &maximum, maxima);
-    if (has_reference && !((maximum - reference) * scale > kRescaleAbove))
+    if (exponent.in_range && !((maximum - reference) * scale > kRescaleAbove))
       return MdkMixBlock{reference, sum};
     const float own = maximum > kLowest ? maximum : kLowest;
     return MdkMixBlock{own, sum_own(begin, end, own)};

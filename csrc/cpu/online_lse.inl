@@ -24,6 +24,39 @@ MDK_INLINE void prefetch_ahead(const T* x, int64_t elements) {
     __builtin_prefetch(line + i, 0, 3);
 }
 
+#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
+constexpr bool kFused = true;  // vfma rounds once
+#else
+constexpr bool kFused = false;
+#endif
+
+// t = (x - reference) * scale * log2(e), so that 2^t / unit is exp((x - reference) * scale).
+struct Exponent {
+  vf slope, reference;
+  vf minus_origin;  // -reference * slope, rounded
+  bool in_range;
+  // 2^t at the reference, as the kernels compute it: what the rounding of the origin makes of 1. A
+  // row that one logit dominates ends with exactly that logit as its log-sum-exp.
+  double unit;
+
+  MDK_INLINE Exponent(float origin, float scale) {
+    const float k = scale * kLog2E, rounded = origin * k;
+    slope = vset(k);
+    reference = vset(origin);
+    minus_origin = vset(-rounded);
+    // Far beyond any logit, and for the stand-in of an empty row, the rounding alone, 2^-24 of the
+    // origin, could carry a result out of range.
+    in_range = fabsf(rounded) < 1e6f;
+    unit = in_range ? (double)vexp2(at<kFused>(reference))[0] : 1.0;
+  }
+  // Fused: one operation, one rounding. Otherwise the subtraction comes first: it is nearly exact,
+  // where a product of logits around 1e4 would lose digits.
+  template <bool fused>
+  MDK_INLINE vf at(vf x) const {
+    return fused ? vfma(x, slope, minus_origin) : (x - reference) * slope;
+  }
+};
+
 // The exponentials of an fp32 row are kept where its gradient goes and must end with the row. Those
 // of a 16-bit row live in scratch with slack, in whole pairs: their lanes are even and odd
 // elements.
@@ -56,12 +89,11 @@ MDK_INLINE float block_max(const T* x, int64_t n) {
   return vhmax(vmax(vmax(m0, m2), vmax(m1, m3)));
 }
 
-// Sum of exp((x - max) * scale) over one block, with the block's own maximum as a by-product. With
+// Sum of 2^t over one block, with the block's own maximum as a by-product. With
 // kKeep the exponentials are also stored to `kept` as fp32 pairs, in the order load2 gives them.
-template <bool kKeep, class T>
-MDK_INLINE float block_sum(const T* x, int64_t n, float max, float scale, float* block_maximum,
-                           float* kept) {
-  const vf reference = vset(max), k = vset(scale * kLog2E);
+template <bool kKeep, bool fused, class T>
+MDK_INLINE float block_sum_by(const T* x, int64_t n, const Exponent& exponent, float* block_maximum,
+                              float* kept) {
   vf s0 = vset(0.0f), s1 = s0, s2 = s0, s3 = s0;
   vf m0 = vset(-INFINITY), m1 = m0, a, b, c, d;
   int64_t i = 0;
@@ -71,10 +103,10 @@ MDK_INLINE float block_sum(const T* x, int64_t n, float max, float scale, float*
     load2(x + i + 2 * W, &c, &d);
     m0 = vmax(vmax(a, c), m0);
     m1 = vmax(vmax(b, d), m1);
-    a = vexp2((a - reference) * k);
-    b = vexp2((b - reference) * k);
-    c = vexp2((c - reference) * k);
-    d = vexp2((d - reference) * k);
+    a = vexp2(exponent.at<fused>(a));
+    b = vexp2(exponent.at<fused>(b));
+    c = vexp2(exponent.at<fused>(c));
+    d = vexp2(exponent.at<fused>(d));
     if (kKeep) {
       store2(kept + i, a, b);
       store2(kept + i + 2 * W, c, d);
@@ -91,8 +123,8 @@ MDK_INLINE float block_sum(const T* x, int64_t n, float max, float scale, float*
       load2_tail(x + i, n - i, -INFINITY, &a, &b);
     m0 = vmax(a, m0);
     m1 = vmax(b, m1);
-    a = vexp2((a - reference) * k);
-    b = vexp2((b - reference) * k);
+    a = vexp2(exponent.at<fused>(a));
+    b = vexp2(exponent.at<fused>(b));
     if (kKeep) {
       if (keeps_in_row(x) && i + 2 * W > n)
         store2_tail(kept + i, n - i, a, b);
@@ -105,34 +137,42 @@ MDK_INLINE float block_sum(const T* x, int64_t n, float max, float scale, float*
   *block_maximum = vhmax(vmax(m0, m1));
   return vhsum((s0 + s1) + (s2 + s3));
 }
+template <bool kKeep, class T>
+MDK_INLINE float block_sum(const T* x, int64_t n, const Exponent& exponent, float* block_maximum,
+                           float* kept) {
+  return exponent.in_range ? block_sum_by<kKeep, kFused>(x, n, exponent, block_maximum, kept)
+                           : block_sum_by<kKeep, false>(x, n, exponent, block_maximum, kept);
+}
 
 // Reads the row once: the sum runs against a running reference, and only a block that would
 // overflow it is read again (from cache). NaN anywhere makes the sum NaN.
 //
-// With kKeep, kept[j] = exp((x_j - references[j / kLseBlock]) * scale), so that the caller gets the
-// softmax with a multiplication instead of a second exponential. `kept` may be the row itself; its
-// blocks can then not be read twice, so their maximum is taken first.
+// With kKeep, kept[j] / unit = exp(x_j - reference) for the Exponent of the reference of its
+// block, so that the caller gets the softmax with a multiplication instead of a second exponential.
+// `kept` may be the row itself; its blocks can then not be read twice, so their maximum is taken
+// first.
 template <bool kKeep, class T>
-MDK_INLINE SumExp row_sum_exp(const T* x, int64_t n, float scale, float* kept, float* references) {
+MDK_INLINE SumExp row_sum_exp(const T* x, int64_t n, float* kept, float* references) {
   const bool overwrites = kKeep && (const void*)kept == (const void*)x;
   const float head = block_max(x, n < 512 ? n : 512);
   SumExp acc = {head > kLowest ? head : kLowest, 0.0};
+  Exponent exponent(acc.max, 1.0f);
   for (int64_t i = 0; i < n; i += kLseBlock) {
     const int64_t size = n - i < kLseBlock ? n - i : kLseBlock;
     float maximum = acc.max, sum = 0.0f;
     if (overwrites)
       maximum = block_max(x + i, size);
     else
-      sum = block_sum<kKeep>(x + i, size, acc.max, scale, &maximum, kept + i);
-    const bool rescale = (maximum - acc.max) * scale > kRescaleAbove;
+      sum = block_sum<kKeep>(x + i, size, exponent, &maximum, kept + i);
+    const bool rescale = maximum - acc.max > kRescaleAbove;
     if (rescale) {
-      acc.sum *= exp((double)(acc.max - maximum) * (double)scale);
+      acc.sum *= exp((double)acc.max - (double)maximum);
       acc.max = maximum;
+      exponent = Exponent(maximum, 1.0f);
     }
-    if (rescale || overwrites)
-      sum = block_sum<kKeep>(x + i, size, acc.max, scale, &maximum, kept + i);
+    if (rescale || overwrites) sum = block_sum<kKeep>(x + i, size, exponent, &maximum, kept + i);
     if (kKeep) references[i / kLseBlock] = acc.max;
-    acc.sum += (double)sum;
+    acc.sum += (double)sum / exponent.unit;
   }
   return acc;
 }

@@ -31,9 +31,9 @@ MDK_INLINE void fill_zero(T* row, int64_t n) {
 }
 
 // out <- scale * exp(x - max), for a backward pass that knows the log-sum-exp.
-template <class T>
-MDK_INLINE void write_softmax(const T* x, T* out, int64_t n, float max, float scale) {
-  const vf reference = vset(max), k = vset(kLog2E), factor = vset(scale);
+template <bool fused, class T>
+MDK_INLINE void write_softmax_by(const T* x, T* out, int64_t n, const Exponent& exponent,
+                                 vf factor) {
   vf a, b;
   for (int64_t i = 0; i < n; i += 2 * W) {
     const bool whole = i + 2 * W <= n;
@@ -43,23 +43,37 @@ MDK_INLINE void write_softmax(const T* x, T* out, int64_t n, float max, float sc
     } else {
       load2_tail(x + i, n - i, -INFINITY, &a, &b);
     }
-    a = vexp2_scaled((a - reference) * k, factor);
-    b = vexp2_scaled((b - reference) * k, factor);
+    a = vexp2_scaled(exponent.at<fused>(a), factor);
+    b = vexp2_scaled(exponent.at<fused>(b), factor);
     if (whole)
       store2(out + i, a, b);
     else
       store2_tail(out + i, n - i, a, b);
   }
 }
+template <class T>
+MDK_INLINE void write_softmax(const T* x, T* out, int64_t n, float max, float scale) {
+  const Exponent exponent(max, 1.0f);
+  const vf factor = vset((float)((double)scale / exponent.unit));
+  if (exponent.in_range)
+    write_softmax_by<kFused>(x, out, n, exponent, factor);
+  else
+    write_softmax_by<false>(x, out, n, exponent, factor);
+}
 
-// out <- scale * exp(reference - max) * kept, block by block.
+// out <- scale * exp(reference - max) / unit * kept, block by block.
 template <class T>
 MDK_INLINE void write_kept(const float* kept, const float* references, T* out, int64_t n, float max,
                            float scale) {
+  float factor_of = NAN;
+  vf factor = vset(0.0f);
   for (int64_t start = 0; start < n; start += kLseBlock) {
     const float reference = references[start / kLseBlock];
-    const float shift = reference == max ? 1.0f : (float)exp((double)reference - (double)max);
-    const vf factor = vset(scale * shift);
+    if (reference != factor_of) {  // seldom more than once or twice in a row of logits
+      const double shift = exp((double)reference - (double)max);
+      factor = vset((float)((double)scale * shift / Exponent(reference, 1.0f).unit));
+      factor_of = reference;
+    }
     const int64_t end = n - start < kLseBlock ? n : start + kLseBlock;
     vf a, b;
     int64_t i = start;
@@ -149,8 +163,8 @@ void sparse_kl_typed(const MdkSparseKL* a, MdkSparseKLScratch* s, int64_t begin,
       log_normalizer = a->lse[row] - (double)max;
     } else {
       const SumExp acc = grad && !a->grad_only
-                             ? row_sum_exp<true>(x, a->vocab, 1.0f, kept, s->references)
-                             : row_sum_exp<false>(x, a->vocab, 1.0f, kept, s->references);
+                             ? row_sum_exp<true>(x, a->vocab, kept, s->references)
+                             : row_sum_exp<false>(x, a->vocab, kept, s->references);
       max = acc.max;
       log_normalizer = log(acc.sum);
       if (a->lse && !a->grad_only) a->lse[row] = (double)max + log_normalizer;
