@@ -20,7 +20,8 @@ sh "$here/cuda_host.sh" "$python" thread $hosts \
   -k "test_loss or test_logprobs or last_threads or test_mix_and_argmax or matches_the_loop or 1024 \
 or (test_draws and 301) or test_verification" >"$logs/thread" 2>&1 &
 races=$!
-sh "$here/cuda_host.sh" "$python" address tests/test_mix_cuda_host.py >"$logs/mix" 2>&1 &
+sh "$here/cuda_host.sh" "$python" address tests/test_mix_cuda_host.py \
+  tests/test_plain_mixture.py -k "mix_cuda_host or no_bit_depends" >"$logs/mix" 2>&1 &
 mixtures=$!
 status=0
 sh "$here/cuda_host.sh" "$python" address tests/test_cuda_host.py tests/test_knn_targets_gpu.py \

@@ -10,6 +10,8 @@ void bind_mix(py::module_& m);  // mix_bind.cpp
 
 void bind_knn_targets(py::module_& m);  // knn_targets_bind.cpp
 
+void bind_plain(py::module_& m);  // plain_bind.cpp
+
 namespace {
 
 py::object sparse_kl(uintptr_t logits, int64_t row_stride, int64_t rows, int64_t vocab, int dtype,
@@ -70,4 +72,5 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("split_sum", &split_sum);
   bind_mix(m);
   bind_knn_targets(m);
+  bind_plain(m);
 }

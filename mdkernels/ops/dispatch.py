@@ -8,8 +8,8 @@ A backend of an operator is a module ``mdkernels.ops.<op>.<backend>_kernels`` (`
 eager one) whose functions have the same signatures as the operator's torch.library schemas, without
 the trailing ``backend``. It may define ``DTYPES``, the logits dtypes it takes,
 ``DIFFERENTIABLE = True`` if autograd can record its functions (only asked of operators without an
-``autograd.Function``), and ``LACKS``, what it cannot do of what an operator may be asked to, each
-with the reason.
+``autograd.Function``), ``PLAIN = True`` if they take what `logit_mix.arguments.plain` finds, and
+``LACKS``, what it cannot do of what an operator may be asked to, each with the reason.
 """
 
 import functools
@@ -101,14 +101,15 @@ def _module_reason(
 
 
 @functools.cache
-def _resolve(
+def resolve_requested(
     op: str,
     requested: str,
     device_type: str,
     dtype: torch.dtype,
-    differentiable: bool,
-    need: str | None,
+    differentiable: bool = False,
+    need: str | None = None,
 ) -> ModuleType:
+    """`resolve` where MDK_BACKEND is known to be unset; asking costs half a microsecond."""
     if requested not in (*BACKENDS, "auto"):
         raise ValueError(
             f"backend: got {requested!r}; expected 'auto' or one of {', '.join(BACKENDS)} "
@@ -144,7 +145,7 @@ def resolve(
     """
     if requested == "auto":
         requested = os.environ.get("MDK_BACKEND") or "auto"
-    return _resolve(op, requested, device_type, dtype, differentiable, need)
+    return resolve_requested(op, requested, device_type, dtype, differentiable, need)
 
 
 _library = torch.library.Library("mdk", "DEF")
@@ -162,9 +163,9 @@ def _in_memory(value):
     return value.resolve_neg()
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether anything between the caller and the kernel wants to see a registered operator: a
-    mode, a transform, a tracer, the profiler."""
+    mode, a transform, a tracer, the profiler, a compiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -184,7 +185,7 @@ def define(op: str, function: str, schema: str, fake, mutates: bool = False, nee
 
     An eager call goes to the backend directly: the dispatcher's boxing of the arguments costs more
     than a decode-sized kernel (27 of 60 us on one Zen 3 core). Whatever has to see the operator
-    still does: see `_watched`, and tensor subclasses in any place.
+    still does: see `watched`, and tensor subclasses in any place.
     """
     name = f"{op}_{function}"
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -226,7 +227,7 @@ def define(op: str, function: str, schema: str, fake, mutates: bool = False, nee
                     # Not what its data pointer says: a negation that is still to be done, or the
                     # zeros without memory of forward-mode differentiation.
                     return call(*map(_in_memory, args))
-        return run(*args) if plain and not _watched() else overload(*args)
+        return run(*args) if plain and not watched() else overload(*args)
 
     return call
 

@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch  # first: its OpenMP runtime must be the one the extension binds to
 
+_EXCHANGE = "__dlpack_c_exchange_api__"  # DLPack's table of functions in C
+
 
 class Native:
     """An extension module, or the reason why there is none."""
@@ -23,7 +25,10 @@ class Native:
 def load(name: str) -> Native:
     """Load ``mdkernels.<name>`` (``_cpu`` or ``_cuda``)."""
     try:
-        return Native(importlib.import_module(f"mdkernels.{name}"), None)
+        module = importlib.import_module(f"mdkernels.{name}")
+        if name == "_cpu" and hasattr(torch.Tensor, _EXCHANGE):  # torch 2.10
+            module.accept_tensors(torch.Tensor, getattr(torch.Tensor, _EXCHANGE))
+        return Native(module, None)
     except ModuleNotFoundError as error:
         if error.name != f"mdkernels.{name}":
             raise
@@ -70,8 +75,9 @@ def empty_huge(like: torch.Tensor, shape, dtype=None) -> torch.Tensor:
     A fresh 100 MB output in 4 KB pages costs 25000 page faults, several times the kernel that
     fills it.
     """
-    out = torch.empty(shape, dtype=dtype or like.dtype, device=like.device)
-    extension = load("_cpu").module
-    if out.device.type == "cpu" and out.nbytes >= 4 << 20 and extension is not None:
-        extension.advise_huge_pages(out.data_ptr(), out.nbytes)
+    out = like.new_empty(shape, dtype=dtype or like.dtype)
+    if out.nbytes >= 4 << 20 and out.device.type == "cpu":
+        extension = load("_cpu").module
+        if extension is not None:
+            extension.advise_huge_pages(out.data_ptr(), out.nbytes)
     return out

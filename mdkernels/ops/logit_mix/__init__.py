@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from .arguments import SCHEMA, canonical, differentiable_backend, mixture_width
+from .arguments import SCHEMA, canonical, differentiable_backend, mixture_width, plain
 
 SCALES = ("logprob", "base")
 
@@ -66,9 +66,14 @@ def logit_mix(
             tensor are checked on the CPU; elsewhere a weight outside [0, 1] makes its row NaN.
         BackendUnavailable: the named backend cannot run here, or computes no gradient.
     """
-    arguments = canonical(base_logits, memory_logits, mix_weight, memory_temperature)
     if scale not in SCALES:
         raise ValueError(f"scale: expected one of {SCALES}, got {scale!r}")
+    given = (base_logits, memory_logits, mix_weight, memory_temperature)
+    quick = plain("logit_mix", *given, backend)
+    if quick is not None:
+        module, arguments = quick
+        return module.forward(*arguments, scale == "base")
+    arguments = canonical(*given)
     module = differentiable_backend("logit_mix", arguments, backend)
     if module is not None:
         return module.forward(*arguments, scale == "base")

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import storage_covers
-from .arguments import mixture_width, raise_row_fault
+from .arguments import inputs_of, mixture_width, raise_row_fault
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = True
 MOST_MEMORIES = 15  # kMixTerms of csrc/cpu/mix_kernels.h, less the base
 
 
@@ -31,17 +31,6 @@ def forward(
 
 def mixture(base_logits, memory_logits, row_weights, weights) -> tuple:
     """(rows, inputs, weights, row weights) as the extension takes them."""
-    if len(memory_logits) > MOST_MEMORIES:
-        raise ValueError(
-            f"memory_logits: the cpu backend mixes at most {MOST_MEMORIES} memories, got "
-            f"{len(memory_logits)}; use backend='reference'"
-        )
-    inputs = [_input("base_logits", base_logits)]
-    inputs += [_input("memory_logits", memory) for memory in memory_logits]
+    inputs = inputs_of(base_logits, memory_logits, MOST_MEMORIES, "cpu")
     rows = (0, 0, 0) if row_weights is None else (row_weights.data_ptr(), *row_weights.stride())
     return base_logits.shape[0], inputs, weights, rows
-
-
-def _input(name: str, logits: Tensor) -> tuple[int, int, int, int]:
-    storage_covers(name, logits)
-    return logits.data_ptr(), logits.stride(0), logits.shape[1], native.DTYPE_CODE[logits.dtype]

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import storage_covers
-from .arguments import live_models, mixture_width
+from .arguments import inputs_of, live_models, mixture_width
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = True
 MOST_MEMORIES = 15  # kMostModels of csrc/cuda/mix.cuh, less the base
 
 # (threads of a block, blocks of a cluster) for rows of at least so many columns. Not by the number
@@ -51,17 +51,8 @@ def mixture(
     base_needed=False,
 ) -> tuple:
     """The leading arguments of every mixture kernel: device, stream, and the models to look at."""
-    if len(memory_logits) > MOST_MEMORIES:
-        raise ValueError(
-            f"memory_logits: the cuda backend mixes at most {MOST_MEMORIES} memories, got "
-            f"{len(memory_logits)}; use backend='reference'"
-        )
-    storage_covers("base_logits", base_logits)
-    for memory in memory_logits:
-        storage_covers("memory_logits", memory)
     models = live_models(
-        base_logits,
-        memory_logits,
+        inputs_of(base_logits, memory_logits, MOST_MEMORIES, "cuda"),
         row_weights,
         weights,
         memory_temperature,
@@ -70,8 +61,8 @@ def mixture(
     )
     rows = (0, 0, 0) if row_weights is None else (row_weights.data_ptr(), *row_weights.stride())
     flat = []
-    for x, scale, weight in models:
-        flat += [x.data_ptr(), x.stride(0), x.shape[1], native.DTYPE_CODE[x.dtype], scale, weight]
+    for model, scale, weight in models:
+        flat += [*model, scale, weight]
     return (
         *native.stream(base_logits),
         base_logits.shape[0],

@@ -93,8 +93,7 @@ def plan(base, memories, row_weights, weights, memory_temperature, *, all_models
         storage_covers("memory_logits" if k else "base_logits", logits)
     xs, scales, model_weights = zip(
         *live_models(
-            base,
-            memories,
+            (base, *memories),
             row_weights,
             weights,
             memory_temperature,

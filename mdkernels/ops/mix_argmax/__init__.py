@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..logit_mix.arguments import SCHEMA, canonical, unrecorded
+from ..logit_mix.arguments import SCHEMA, canonical, plain, unrecorded
 
 forward = dispatch.define(
     "mix_argmax",
@@ -39,6 +39,11 @@ def mix_argmax(
         ValueError, TypeError: as `logit_mix`.
         BackendUnavailable: the named backend cannot run here.
     """
-    arguments = canonical(base_logits, memory_logits, mix_weight, memory_temperature)
+    given = (base_logits, memory_logits, mix_weight, memory_temperature)
+    quick = plain("mix_argmax", *given, backend)
+    if quick is not None:
+        module, arguments = quick
+        return module.forward(*arguments)
+    arguments = canonical(*given)
     with unrecorded(arguments):
         return forward(*arguments, backend)

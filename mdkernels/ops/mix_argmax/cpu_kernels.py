@@ -5,9 +5,9 @@ from torch import Tensor
 
 from .. import native
 from ..logit_mix.arguments import raise_row_fault
-from ..logit_mix.cpu_kernels import DTYPES, mixture
+from ..logit_mix.cpu_kernels import DTYPES, PLAIN, mixture
 
-__all__ = ["DTYPES", "forward"]
+__all__ = ["DTYPES", "PLAIN", "forward"]
 
 
 def forward(base_logits, memory_logits, row_weights, weights, memory_temperature) -> Tensor:

@@ -5,9 +5,9 @@ from torch import Tensor
 
 from .. import native
 from ..logit_mix.arguments import mixture_width
-from ..logit_mix.cuda_kernels import DTYPES, launch_shape, mixture
+from ..logit_mix.cuda_kernels import DTYPES, PLAIN, launch_shape, mixture
 
-__all__ = ["DTYPES", "forward"]
+__all__ = ["DTYPES", "PLAIN", "forward"]
 
 
 def forward(base_logits, memory_logits, row_weights, weights, memory_temperature) -> Tensor:

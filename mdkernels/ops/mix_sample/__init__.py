@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..logit_mix.arguments import SCHEMA, canonical, unrecorded
+from ..logit_mix.arguments import SCHEMA, canonical, plain, unrecorded
 from ..mix_argmax import forward as greedy
-from .arguments import filtered, sampling, streams
+from .arguments import filtered, plain_streams, sampling, streams
 
 MODES = ("mixture", "component")
 
@@ -102,8 +102,6 @@ def mix_sample(
             that `logit_mix` makes NaN (elsewhere its token is -1).
         BackendUnavailable: the named backend cannot run here.
     """
-    arguments = canonical(base_logits, memory_logits, mix_weight, memory_temperature)
-    base = arguments[0]
     temperature, top_k, top_p, min_p = filters = sampling(temperature, top_k, top_p, min_p)
     if mode not in MODES:
         raise ValueError(f"mode: expected one of {MODES}, got {mode!r}")
@@ -112,7 +110,18 @@ def mix_sample(
             "mode: 'component' is exact only for temperature 1 without top_k, top_p and min_p; use "
             "mode='mixture'"
         )
+    given = (base_logits, memory_logits, mix_weight, memory_temperature)
+    quick = None
+    if mode == "mixture" and not return_logprobs and plain_streams(seeds, offsets):
+        op = "mix_argmax" if temperature == 0.0 else "mix_sample"
+        need = "filters" if filtered(top_k, top_p, min_p) else None
+        quick = plain(op, *given, backend, need)
+    module, arguments = quick or (None, canonical(*given))
+    base = arguments[0]
     seeds, offsets = streams(seeds, offsets, base.shape[0], base.device)
+    if module is not None:
+        drawn = () if temperature == 0.0 else (*filters, seeds, offsets)
+        return module.forward(*arguments, *drawn)
     with unrecorded(arguments):
         if temperature == 0.0:
             tokens = greedy(*arguments, backend)

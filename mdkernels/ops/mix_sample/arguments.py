@@ -29,6 +29,15 @@ def filtered(top_k: int, top_p: float, min_p: float) -> bool:
     return top_k > 0 or top_p < 1.0 or min_p > 0.0
 
 
+def plain_streams(seeds, offsets) -> bool:
+    """Whether nothing stands between these and their memory: see `logit_mix.arguments.plain`."""
+    return (type(seeds) is int or (type(seeds) is Tensor and not seeds.is_neg())) and (
+        offsets is None
+        or type(offsets) is int
+        or (type(offsets) is Tensor and not offsets.is_neg())
+    )
+
+
 def streams(seeds, offsets, rows: int, device) -> tuple[Tensor, Tensor]:
     """(rows,) int64 seeds and offsets; an int of the former is expanded to one stream per row."""
     if isinstance(seeds, int):

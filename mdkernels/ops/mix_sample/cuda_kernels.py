@@ -7,9 +7,9 @@ from torch import Tensor
 
 from .. import native
 from ..logit_mix.arguments import mixture_width
-from ..logit_mix.cuda_kernels import DTYPES, device, launch_shape, mixture
+from ..logit_mix.cuda_kernels import DTYPES, PLAIN, device, launch_shape, mixture
 
-__all__ = ["DTYPES", "choose", "forward", "logprobs"]
+__all__ = ["DTYPES", "PLAIN", "choose", "forward", "logprobs"]
 HEADER = 16 * 1024  # more than sizeof(Shared) of the kernel
 
 
