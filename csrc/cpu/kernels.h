@@ -49,6 +49,8 @@ struct MdkSparseKLScratch {
   float* probs;
   float* logits;
   float* work;
+  int32_t* late_ids;  // the same of the row before, see LateRow
+  float* late_work;
   float* kept;        // vocab + slack: exponentials of the current row
   float* references;  // one per block of the row, see online_lse.inl
 };

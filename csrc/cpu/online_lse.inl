@@ -91,14 +91,16 @@ MDK_INLINE float block_max(const T* x, int64_t n) {
 
 // Sum of 2^t over one block, with the block's own maximum as a by-product. With
 // kKeep the exponentials are also stored to `kept` as fp32 pairs, in the order load2 gives them.
-template <bool kKeep, bool fused, class T>
+template <bool kKeep, bool fused, class T, class Drain>
 MDK_INLINE float block_sum_by(const T* x, int64_t n, const Exponent& exponent, float* block_maximum,
-                              float* kept) {
+                              float* kept, const Drain& drain) {
   vf s0 = vset(0.0f), s1 = s0, s2 = s0, s3 = s0;
   vf m0 = vset(-INFINITY), m1 = m0, a, b, c, d;
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
     prefetch_ahead(x + i, 4 * W);
+    drain.pair(i, 2 * W);
+    drain.pair(i + 2 * W, 2 * W);
     load2(x + i, &a, &b);
     load2(x + i + 2 * W, &c, &d);
     m0 = vmax(vmax(a, c), m0);
@@ -117,6 +119,7 @@ MDK_INLINE float block_sum_by(const T* x, int64_t n, const Exponent& exponent, f
     s3 += d;
   }
   for (; i < n; i += 2 * W) {
+    drain.pair(i, n - i);
     if (i + 2 * W <= n)
       load2(x + i, &a, &b);
     else
@@ -137,22 +140,29 @@ MDK_INLINE float block_sum_by(const T* x, int64_t n, const Exponent& exponent, f
   *block_maximum = vhmax(vmax(m0, m1));
   return vhsum((s0 + s1) + (s2 + s3));
 }
-template <bool kKeep, class T>
+template <bool kKeep, class T, class Drain>
 MDK_INLINE float block_sum(const T* x, int64_t n, const Exponent& exponent, float* block_maximum,
-                           float* kept) {
-  return exponent.in_range ? block_sum_by<kKeep, kFused>(x, n, exponent, block_maximum, kept)
-                           : block_sum_by<kKeep, false>(x, n, exponent, block_maximum, kept);
+                           float* kept, const Drain& drain) {
+  return exponent.in_range ? block_sum_by<kKeep, kFused>(x, n, exponent, block_maximum, kept, drain)
+                           : block_sum_by<kKeep, false>(x, n, exponent, block_maximum, kept, drain);
 }
+
+// What else is done on the way through a row: see KeptRow of sparse_kl.inl. Here nothing.
+struct NoDrain {
+  MDK_INLINE void block(int64_t, float) {}
+  MDK_INLINE void pair(int64_t, int64_t) const {}
+};
 
 // Reads the row once: the sum runs against a running reference, and only a block that would
 // overflow it is read again (from cache). NaN anywhere makes the sum NaN.
 //
-// With kKeep, kept[j] / unit = exp(x_j - reference) for the Exponent of the reference of its
-// block, so that the caller gets the softmax with a multiplication instead of a second exponential.
-// `kept` may be the row itself; its blocks can then not be read twice, so their maximum is taken
-// first.
-template <bool kKeep, class T>
-MDK_INLINE SumExp row_sum_exp(const T* x, int64_t n, float* kept, float* references) {
+// With kKeep, kept[j] / unit = exp(x_j - reference) for the Exponent of the reference of its block,
+// so that the caller gets the softmax with a multiplication instead of a second exponential. `kept`
+// may be the row itself; its blocks can then not be read twice, so their maximum is taken first.
+//
+// `drain` comes by every element once, before its place in `kept` is written.
+template <bool kKeep, class T, class Drain>
+MDK_INLINE SumExp row_sum_exp(const T* x, int64_t n, float* kept, float* references, Drain drain) {
   const bool overwrites = kKeep && (const void*)kept == (const void*)x;
   const float head = block_max(x, n < 512 ? n : 512);
   SumExp acc = {head > kLowest ? head : kLowest, 0.0};
@@ -160,17 +170,19 @@ MDK_INLINE SumExp row_sum_exp(const T* x, int64_t n, float* kept, float* referen
   for (int64_t i = 0; i < n; i += kLseBlock) {
     const int64_t size = n - i < kLseBlock ? n - i : kLseBlock;
     float maximum = acc.max, sum = 0.0f;
+    if (kKeep) drain.block(i, references[i / kLseBlock]);
     if (overwrites)
       maximum = block_max(x + i, size);
     else
-      sum = block_sum<kKeep>(x + i, size, exponent, &maximum, kept + i);
+      sum = block_sum<kKeep>(x + i, size, exponent, &maximum, kept + i, drain);
     const bool rescale = maximum - acc.max > kRescaleAbove;
     if (rescale) {
       acc.sum *= exp((double)acc.max - (double)maximum);
       acc.max = maximum;
       exponent = Exponent(maximum, 1.0f);
     }
-    if (rescale || overwrites) sum = block_sum<kKeep>(x + i, size, exponent, &maximum, kept + i);
+    if (rescale || overwrites)
+      sum = block_sum<kKeep>(x + i, size, exponent, &maximum, kept + i, NoDrain());
     if (kKeep) references[i / kLseBlock] = acc.max;
     acc.sum += (double)sum / exponent.unit;
   }

@@ -1,6 +1,9 @@
 #include "sparse_kl_driver.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <new>
 #include <vector>
 
 #include "isa.h"
@@ -40,32 +43,38 @@ Fault check_labels(const MdkSparseKL& a) {
 
 struct Scratch {
   std::vector<MdkSlot> table;
-  std::vector<int32_t> ids;
-  std::vector<float> floats;
+  std::unique_ptr<float, decltype(&std::free)> memory{nullptr, &std::free};
   MdkSparseKLScratch view;
 
   Scratch(int64_t longest_row, int64_t vocab, bool keeps_row) {
     constexpr int64_t slack = 64;  // a label and a full vector
     const int64_t capacity = longest_row + slack, blocks = vocab / 4096 + 1;
-    const int64_t row_elements = keeps_row ? vocab : 0;
+    const int64_t kept = keeps_row ? vocab + slack : 0;
     int64_t slots = 64;
     while (slots < 2 * capacity) slots *= 2;
     table.resize(slots, MdkSlot{0, 0, 0});
-    ids.resize(capacity);
-    floats.resize(3 * capacity + row_elements + slack + blocks);
-    float* at = floats.data();
-    const auto take = [&at](int64_t count) {
-      at += count;
-      return at - count;
+    // Whole lines, so that no vector lies across two; and not zeroed: the exponentials of a row are
+    // most of it.
+    constexpr int64_t line = 64 / sizeof(float);
+    const auto lines = [](int64_t count) { return (count + line - 1) / line * line; };
+    const int64_t total = 6 * lines(capacity) + lines(kept) + lines(blocks);
+    memory.reset(static_cast<float*>(std::aligned_alloc(64, total * sizeof(float))));
+    if (!memory) throw std::bad_alloc();
+    float* at = memory.get();
+    const auto take = [&](int64_t count) {
+      at += lines(count);
+      return at - lines(count);
     };
     view.table = table.data();
     view.table_mask = static_cast<uint32_t>(slots - 1);
     view.stamp = 0;
-    view.ids = ids.data();
+    view.ids = reinterpret_cast<int32_t*>(take(capacity));
     view.probs = take(capacity);
     view.logits = take(capacity);
     view.work = take(capacity);
-    view.kept = take(row_elements + slack);
+    view.late_ids = reinterpret_cast<int32_t*>(take(capacity));
+    view.late_work = take(capacity);
+    view.kept = take(kept);
     view.references = take(blocks);
   }
 };
