@@ -6,8 +6,11 @@
 MDK_INLINE vf load1(const float* p) { return vload(p); }
 #if defined(MDK_ISA_AVX512)
 MDK_INLINE vf load1(const bf16_t* p) {
-  const __m512i x = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+  // Word i of the input becomes the upper half of lane i: one permutation.
+  const __m512i order = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0,
+                                         6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  const __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, x));
 }
 MDK_INLINE vf load1(const f16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
