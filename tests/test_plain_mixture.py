@@ -47,6 +47,13 @@ def freed():
     return x
 
 
+@pytest.mark.parametrize("table", [None, 12345, object(), "dlpack_exchange_api"])
+def test_tables_of_another_kind_are_left_alone(table):
+    assert CPU.accept_tensors(torch.Tensor, table) is False
+    assert found() is not None
+    assert CPU.accept_tensors(torch.Tensor, torch.Tensor.__dlpack_c_exchange_api__) is True
+
+
 REFUSED = {
     "a parameter": lambda x: Parameter(x),
     "a subclass": lambda x: TwoTensor(x, x),
@@ -189,4 +196,5 @@ def test_no_reference_is_kept_or_lost():
             found(memory=one)
     gc.collect()
     after = [sys.getrefcount(one) for one in kept]
-    assert all(abs(a - b) < 100 for a, b in zip(after, before, strict=True)), (before, after)
+    # One per call would be a thousand; whatever else runs moves the counts of constants a little.
+    assert all(abs(a - b) < 500 for a, b in zip(after, before, strict=True)), (before, after)

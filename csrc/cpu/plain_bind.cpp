@@ -15,9 +15,11 @@ using View = mdk::dlpack::Tensor;
 PyTypeObject* tensor_type = nullptr;
 const ExchangeApi* api = nullptr;
 
-// False if the exchange table is not of a version that is known here.
-bool accept_tensors(const py::type& type, const py::capsule& table) {
-  const auto* found = static_cast<const ExchangeApi*>(table.get_pointer());
+// False if the exchange table is not one of those known here.
+bool accept_tensors(const py::type& type, const py::handle& table) {
+  constexpr const char* name = "dlpack_exchange_api";
+  if (!PyCapsule_IsValid(table.ptr(), name)) return false;
+  const auto* found = static_cast<const ExchangeApi*>(PyCapsule_GetPointer(table.ptr(), name));
   if (found->major != mdk::dlpack::kMajor || found->view_of_object == nullptr) return false;
   api = found;
   tensor_type = reinterpret_cast<PyTypeObject*>(type.ptr());
