@@ -9,6 +9,7 @@ import mix_fixtures
 import pytest
 import torch
 from torch.nn import Parameter
+from torch.overrides import TorchFunctionMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import mdkernels
@@ -36,15 +37,20 @@ def test_what_it_finds():
         60,
         ((base.data_ptr(), 90, 50, 1), (memory.data_ptr(), 60, 60, 2)),
         (0.75, 0.25),
+        memory,
     )
+    # Kept for as long as its address is used: another thread may empty the list meanwhile.
+    assert found(BASE, [MEMORY])[5] is MEMORY
     assert found(BASE, [MEMORY], [0.25]) == found(BASE, (MEMORY,), (0.25,)) == found()
     assert found(torch.ones(3, 2)[:, :1]) is not None  # one column: its stride means nothing
 
 
-def freed():
-    x = torch.zeros(3, 40)
-    x.untyped_storage().resize_(0)
-    return x
+def freed(x: torch.Tensor, size: int) -> torch.Tensor:
+    """Its values within a storage that was cut to `size` bytes."""
+    wide = torch.zeros(50, 90)
+    view = wide[40 : 40 + x.shape[0], 3 : 3 + x.shape[1]]
+    wide.untyped_storage().resize_(size)
+    return view
 
 
 @pytest.mark.parametrize("table", [None, 12345, object(), "dlpack_exchange_api"])
@@ -69,7 +75,8 @@ REFUSED = {
     "no rows": lambda x: x[:0],
     "no columns": lambda x: x[:, :0],
     "other rows": lambda x: x[:2],
-    "no storage": lambda x: freed(),
+    "freed": lambda x: freed(x, 0),
+    "cut short": lambda x: freed(x, 4 * (42 * 90 + 3 + x.shape[1]) - 1),
     "meta": lambda x: x.to("meta"),
     "sparse": lambda x: x.to_sparse(),
     "mkldnn": lambda x: x.to_mkldnn(),
@@ -85,6 +92,31 @@ def test_what_is_not_ordinary(kind):
     assert found(memory=REFUSED[kind](MEMORY)) is None
     assert found(base=REFUSED[kind](BASE)) is None
     assert found() is not None  # and no exception is left behind
+
+
+def test_a_storage_that_just_covers_is_ordinary():
+    assert found(memory=freed(MEMORY, 4 * (42 * 90 + 3 + MEMORY.shape[1]))) is not None
+
+
+@pytest.mark.parametrize("size", [0, 64])
+def test_freed_storage_is_named(size):
+    view = freed(MEMORY, size)
+    for op in (mdkernels.logit_mix, mdkernels.mix_argmax):
+        with pytest.raises(RuntimeError, match="memory_logits: its storage has been freed"):
+            op(BASE, view, 0.25)
+
+
+class Interrupted(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__name__", "") == "is_neg":
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_interrupt_is_not_swallowed():
+    with pytest.raises(KeyboardInterrupt), Interrupted():
+        found()
+    assert found() is not None
 
 
 @pytest.mark.parametrize(
@@ -177,6 +209,29 @@ def test_bad_rows_are_refused_all_the_same():
         mdkernels.mix_sample(BASE, MEMORY, 0.25, seeds=torch.arange(2))
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("offsets", [2, "tensor"])
+def test_compiled_without_a_break(temperature, offsets):
+    def draw(base, memory, seeds, offsets):
+        draw = {"seeds": seeds, "offsets": offsets, "temperature": temperature}
+        return mdkernels.mix_sample(base, memory, 0.25, **draw)
+
+    given = BASE, MEMORY, torch.arange(3), torch.arange(3) if offsets == "tensor" else offsets
+    compiled = torch.compile(draw, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(*given), draw(*given))
+
+
+def test_seeds_without_memory():
+    zeros = torch._efficientzerotensor((3,), dtype=torch.int64)
+    wanted = mdkernels.mix_sample(
+        BASE, MEMORY, 0.25, seeds=torch.zeros(3, dtype=torch.int64), offsets=0
+    )
+    assert torch.equal(mdkernels.mix_sample(BASE, MEMORY, 0.25, seeds=zeros), wanted)
+    seeds = torch.zeros(3, dtype=torch.int64)
+    found = mdkernels.mix_sample(BASE, MEMORY, 0.25, seeds=seeds, offsets=zeros)
+    assert torch.equal(found, wanted)
+
+
 def test_seeds_that_are_negations():
     seeds, offsets = torch.tensor([3, 4, 5]), torch.tensor([1, 2, 3])
     wanted = mdkernels.mix_sample(BASE, MEMORY, 0.25, seeds=seeds, offsets=offsets)
@@ -188,6 +243,7 @@ def test_seeds_that_are_negations():
 def test_no_reference_is_kept_or_lost():
     kept = [None, False, True, BASE, MEMORY]
     odd = [REFUSED[kind](MEMORY) for kind in ("fp64", "meta", "a negation", "two", "a number")]
+    gc.collect()
     before = [sys.getrefcount(one) for one in kept]
     for _ in range(1000):
         found()

@@ -142,15 +142,15 @@ struct MixSums {
 
   // Against the block's own maximum, with the subtraction first.
   MDK_INLINE float sum_own(int64_t begin, int64_t end, float own) const {
-    const Exponent from_own(own, scale);
+    const vf r = vset(own);
     vf s0 = vset(0.0f), s1 = s0, a, b;
     for (int64_t i = begin; i < end; i += 2 * W) {
       if (i + 2 * W <= end)
         load2(x + i, &a, &b);
       else
         load2_tail(x + i, end - i, -INFINITY, &a, &b);
-      s0 += vexp2(from_own.at<false>(a));
-      s1 += vexp2(from_own.at<false>(b));
+      s0 += vexp2((a - r) * exponent.slope);
+      s1 += vexp2((b - r) * exponent.slope);
     }
     return vhsum(s0 + s1);
   }

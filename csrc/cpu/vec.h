@@ -139,7 +139,8 @@ MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
 }
 #endif
 
-// scale * 2^t for t < 128: -inf gives 0, NaN stays NaN. (A larger t may give anything.)
+// scale * 2^t for t < 128 and |scale| < 2^127: -inf gives 0, NaN stays NaN. (More may give
+// anything.)
 MDK_INLINE vf vexp2_scaled(vf t, vf scale) {
   vf f, n;
   vsplit_exponent(t, &f, &n);

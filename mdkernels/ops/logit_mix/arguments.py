@@ -68,7 +68,8 @@ def plain(op, base_logits, memory_logits, mix_weight, memory_temperature, backen
     number as weight, no gradient, nobody watching, no MDK_BACKEND. On one Zen 4 core a call for a
     row of 64 takes 7 us this way and 15 with `canonical` and the dispatcher; the kernel takes as
     long for a row of 50257. The second argument is then a tuple, (device type, rows, width,
-    inputs, weights), instead of a list of tensors. None leaves every refusal to `canonical`.
+    inputs, weights, memory tensor), instead of a list of tensors. None leaves every refusal to
+    `canonical`.
     """
     low, high = TEMPERATURE_RANGE
     if (

@@ -31,10 +31,11 @@ def filtered(top_k: int, top_p: float, min_p: float) -> bool:
 
 def plain_streams(seeds, offsets) -> bool:
     """Whether nothing stands between these and their memory: see `logit_mix.arguments.plain`."""
-    return (type(seeds) is int or (type(seeds) is Tensor and not seeds.is_neg())) and (
-        offsets is None
-        or type(offsets) is int
-        or (type(offsets) is Tensor and not offsets.is_neg())
+    return not torch.compiler.is_compiling() and all(
+        value is None
+        or type(value) is int
+        or (type(value) is Tensor and not value.is_neg() and not value._is_zerotensor())
+        for value in (seeds, offsets)
     )
 
 

@@ -52,7 +52,7 @@ def score_scratch(like: Tensor, rows: int, width: int, cluster: int) -> tuple[Te
     """(a matrix for the scores of rows, its stride), or None for the matrix: the scores of a row
     live in the shared memory of its blocks, if that holds them."""
     limit = device(native.gpu(like))["shared_per_block"]
-    fits = HEADER + 4 * (width // cluster + 4) <= limit
+    fits = HEADER + 4 * (width // cluster + 8) <= limit
     stride = (width + 3) // 4 * 4
     return None if fits else like.new_empty((rows, stride), dtype=torch.float32), stride
 
