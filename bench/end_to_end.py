@@ -87,8 +87,11 @@ class Sampler:
         }
 
     def ratio(self, over: str, under: str) -> dict[str, float]:
-        """Of the rounds of both, which must be as many."""
-        pairs = zip(self.seconds[over], self.seconds[under], strict=True)
+        """Of the rounds of both, which must be as many; a single sample counts in every round."""
+        above, below = self.seconds[over], self.seconds[under]
+        if len(above) == 1:
+            above = above * len(below)
+        pairs = zip(above, below, strict=True)
         return quantiles([a / b for a, b in pairs])
 
 
