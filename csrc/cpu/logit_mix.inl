@@ -86,28 +86,23 @@ MDK_INLINE void mix_map_to(const A* a, const B* b, int64_t n, float* out, int st
     mix_map<false>(a, b, n, out, body);
 }
 
-template <class A, class B>
+template <bool unit, class A, class B>
 void mix_pair(const MdkMixTerm* s, const MdkMixTerm* t, int64_t n, float shift, float* out,
               int streaming) {
-  const A* a = (const A*)s->row;
-  const B* b = (const B*)t->row;
-  if (s->scale == 1.0f && t->scale == 1.0f) {
-    const MixPair<true> body = {mix_affine<true>(s), mix_affine<true>(t), vset(shift)};
-    mix_map_to(a, b, n, out, streaming, body);
-  } else {
-    const MixPair<false> body = {mix_affine<false>(s), mix_affine<false>(t), vset(shift)};
-    mix_map_to(a, b, n, out, streaming, body);
-  }
+  const MixPair<unit> body = {mix_affine<unit>(s), mix_affine<unit>(t), vset(shift)};
+  mix_map_to((const A*)s->row, (const B*)t->row, n, out, streaming, body);
 }
 template <class A>
 void mix_pair_of(const MdkMixTerm* s, const MdkMixTerm* t, int64_t n, float shift, float* out,
                  int streaming) {
-  if (t->dtype == MDK_F32)
-    mix_pair<A, float>(s, t, n, shift, out, streaming);
+  if (s->scale == 1.0f && t->scale == 1.0f && s->dtype == t->dtype)
+    mix_pair<true, A, A>(s, t, n, shift, out, streaming);
+  else if (t->dtype == MDK_F32)
+    mix_pair<false, A, float>(s, t, n, shift, out, streaming);
   else if (t->dtype == MDK_BF16)
-    mix_pair<A, bf16_t>(s, t, n, shift, out, streaming);
+    mix_pair<false, A, bf16_t>(s, t, n, shift, out, streaming);
   else
-    mix_pair<A, f16_t>(s, t, n, shift, out, streaming);
+    mix_pair<false, A, f16_t>(s, t, n, shift, out, streaming);
 }
 void mix_two(const MdkMixTerm* s, const MdkMixTerm* t, int64_t n, float shift, float* out,
              int streaming) {

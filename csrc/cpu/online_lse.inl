@@ -39,14 +39,14 @@ struct Exponent {
   // row that one logit dominates ends with exactly that logit as its log-sum-exp.
   double unit;
 
-  MDK_INLINE Exponent(float origin, float scale) {
-    const float k = scale * kLog2E, rounded = origin * k;
+  MDK_INLINE Exponent(float max, float scale) {
+    const float k = scale * kLog2E, origin = max * k;
     slope = vset(k);
-    reference = vset(origin);
-    minus_origin = vset(-rounded);
+    reference = vset(max);
+    minus_origin = vset(-origin);
     // Far beyond any logit, and for the stand-in of an empty row, the rounding alone, 2^-24 of the
     // origin, could carry a result out of range.
-    in_range = fabsf(rounded) < 1e6f;
+    in_range = fabsf(origin) < 1e6f;
     unit = in_range ? (double)vexp2(at<kFused>(reference))[0] : 1.0;
   }
   // Fused: one operation, one rounding. Otherwise the subtraction comes first: it is nearly exact,

@@ -165,7 +165,7 @@ def _in_memory(value):
 
 def watched() -> bool:
     """Whether anything between the caller and the kernel wants to see a registered operator: a
-    mode, a transform, a tracer, the profiler, a compiler."""
+    mode, a transform, a tracer, the profiler."""
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
