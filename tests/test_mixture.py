@@ -81,9 +81,9 @@ def test_weights_of_one_call():
             found = two(ids, mix_weight=given).logits
             for i in range(2):
                 close(found[i], oracle(two, ids[i].tolist(), want[i].double().tolist())[1])
+        exact = [0.125, 0.25]  # the same number in a list and in an fp32 tensor
         assert torch.equal(
-            two(ids, mix_weight=[0.1, 0.2]).logits,
-            two(ids, mix_weight=torch.tensor([0.1, 0.2])).logits,
+            two(ids, mix_weight=exact).logits, two(ids, mix_weight=torch.tensor(exact)).logits
         )
         with pytest.raises(ValueError, match=r"expected shape \(2,\) or \(2, 2\)"):
             two(ids, mix_weight=torch.zeros(3))

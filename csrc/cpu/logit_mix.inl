@@ -51,9 +51,14 @@ template <bool streaming, class A, class B, class Body>
 MDK_INLINE void mix_map(const A* a, const B* b, int64_t n, float* out, Body body) {
   constexpr int U = kInStep;
   const auto part = [&](int64_t i, int64_t size) {
-    vf x = load1_part(a + i, size, 0.0f), y = load1_part(b + i, size, 0.0f);
+    const bool whole = size == W;
+    vf x = whole ? load1(a + i) : load1_part(a + i, size, 0.0f);
+    vf y = whole ? load1(b + i) : load1_part(b + i, size, 0.0f);
     body.template apply<1>(&x, &y);
-    store1_part(out + i, size, x);
+    if (whole)
+      vstore(out + i, x);
+    else
+      store1_part(out + i, size, x);
   };
   int64_t i = 0;
   if (streaming) {  // such a store needs an aligned address

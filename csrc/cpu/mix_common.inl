@@ -53,25 +53,15 @@ MDK_INLINE uint32_t vmask_ge(vf a, vf b) {
 MDK_INLINE vf vadd_where_ge(vf a, vf b, vf sum, vf x) { return sum + (vf)((vi)(a >= b) & (vi)x); }
 #endif
 
-// Vectors that advance in step through a long chain of dependent operations: as many as it takes to
-// fill the pipelines, as few as the registers hold.
+// Vectors that advance in step through a long chain of dependent operations. Without AVX-512 a
+// chain has more operations than the scheduler holds, so they must come in the order in which they
+// can run, and registers that spill cost less than waiting: the mixture of two rows in cache
+// took 20.8 cycles per 8 elements at 2, 17.5 at 4, 14.1 at 6 and at 8 on a Zen 3 core.
 #if defined(MDK_ISA_AVX512)
 constexpr int kInStep = 4;
 #else
-constexpr int kInStep = 2;
+constexpr int kInStep = 6;
 #endif
-
-// t[u] <- 2^t[u], as vexp2.
-template <int U>
-MDK_INLINE void vexp2_each(vf* t) {
-  constexpr float coefs[] = {kExp2C4, kExp2C3, kExp2C2, kExp2C1, kExp2C0};
-  vf f[U], n[U], y[U];
-  for (int u = 0; u < U; ++u) vsplit_exponent(t[u], f + u, n + u);
-  for (int u = 0; u < U; ++u) y[u] = vset(kExp2C5);
-  for (const float coef : coefs)
-    for (int u = 0; u < U; ++u) y[u] = vfma(y[u], f[u], vset(coef));
-  for (int u = 0; u < U; ++u) t[u] = vldexp(y[u], n[u]);
-}
 
 // The first n < W elements, the rest `pad`.
 template <class T>
@@ -118,8 +108,7 @@ struct MixSums {
       for (; i + U * W <= stop; i += U * W) {
         for (int u = 0; u < U; u += 2) load2(x + i + u * W, t + u, t + u + 1);
         for (int u = 0; u < U; ++u) m[u] = vmax(t[u], m[u]);
-        for (int u = 0; u < U; ++u) t[u] = exponent.at<kFused>(t[u]);
-        vexp2_each<U>(t);
+        exponent.raise<kFused, U>(t);
         for (int u = 0; u < U; ++u) s[u] += t[u];
       }
       for (; i < stop; i += 2 * W) {
@@ -128,8 +117,7 @@ struct MixSums {
         else
           load2_tail(x + i, stop - i, -INFINITY, t, t + 1);
         for (int u = 0; u < 2; ++u) m[u] = vmax(t[u], m[u]);
-        for (int u = 0; u < 2; ++u) t[u] = exponent.at<kFused>(t[u]);
-        vexp2_each<2>(t);
+        exponent.raise<kFused, 2>(t);
         for (int u = 0; u < 2; ++u) s[u] += t[u];
       }
       m[0] = vmax(vmax(m[0], m[1]), vmax(m[2], m[3]));

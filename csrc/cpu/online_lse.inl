@@ -30,6 +30,13 @@ constexpr bool kFused = true;  // vfma rounds once
 constexpr bool kFused = false;
 #endif
 
+// Exponentials that advance in step, see kInStep of mix_common.inl.
+#if defined(MDK_ISA_AVX512)
+constexpr int kSumsInStep = 1;
+#else
+constexpr int kSumsInStep = 4;
+#endif
+
 // t = (x - reference) * scale * log2(e), so that 2^t / unit is exp((x - reference) * scale).
 struct Exponent {
   vf slope, reference;
@@ -38,22 +45,59 @@ struct Exponent {
   // 2^t at the reference, as the kernels compute it: what the rounding of the origin makes of 1. A
   // row that one logit dominates ends with exactly that logit as its log-sum-exp.
   double unit;
+#if defined(MDK_ISA_AVX2)
+  vf lowest, rounder;  // the logit at which t is -127, and kRounder - origin
+#endif
 
   MDK_INLINE Exponent(float max, float scale) {
-    const float k = scale * kLog2E, origin = max * k;
-    slope = vset(k);
-    reference = vset(max);
-    minus_origin = vset(-origin);
+    const float k = scale * kLog2E;
+    float origin = max * k;
     // Far beyond any logit, and for the stand-in of an empty row, the rounding alone, 2^-24 of the
     // origin, could carry a result out of range.
     in_range = fabsf(origin) < 1e6f;
-    unit = in_range ? (double)vexp2(at<kFused>(reference))[0] : 1.0;
+#if defined(MDK_ISA_AVX2)
+    if (in_range) origin = rintf(origin);
+    lowest = vset((origin - 127.0f) / k);
+    rounder = vset(kRounder - origin);
+#endif
+    slope = vset(k);
+    reference = vset(max);
+    minus_origin = vset(-origin);
+    unit = 1.0;
+    if (!in_range) return;
+    vf one = reference;
+    raise<kFused, 1>(&one);
+    unit = (double)one[0];
   }
-  // Fused: one operation, one rounding. Otherwise the subtraction comes first: it is nearly exact,
-  // where a product of logits around 1e4 would lose digits.
-  template <bool fused>
-  MDK_INLINE vf at(vf x) const {
-    return fused ? vfma(x, slope, minus_origin) : (x - reference) * slope;
+
+  // x[u] -> the parts of t, see vsplit_exponent.
+  template <bool fused, int U>
+  MDK_INLINE void split(vf* x, vf* f, vf* n) const {
+    // Fused: one operation, one rounding. Otherwise the subtraction comes first: it is nearly
+    // exact, where a product of logits around 1e4 would lose digits.
+#if defined(MDK_ISA_AVX2)
+    if (fused) {
+      // With an origin that is an integer, a second product gives the integer part, and it need not
+      // wait for the first. The order of the arguments of vmax keeps NaN.
+      for (int u = 0; u < U; ++u) x[u] = vmax(lowest, x[u]);
+      for (int u = 0; u < U; ++u) n[u] = vfma(x[u], slope, rounder);
+      for (int u = 0; u < U; ++u) f[u] = vfma(x[u], slope, minus_origin);
+      for (int u = 0; u < U; ++u) x[u] = n[u] - vset(kRounder);
+      for (int u = 0; u < U; ++u) f[u] = f[u] - x[u];
+      return;
+    }
+#endif
+    for (int u = 0; u < U; ++u)
+      x[u] = fused ? vfma(x[u], slope, minus_origin) : (x[u] - reference) * slope;
+    for (int u = 0; u < U; ++u) vsplit_exponent(x[u], f + u, n + u);
+  }
+  // x[u] <- factor * 2^t
+  template <bool fused, int U>
+  MDK_INLINE void raise(vf* x, vf factor = vset(1.0f)) const {
+    vf f[U], n[U];
+    split<fused, U>(x, f, n);
+    vexp2_fractions<U>(f, x);
+    for (int u = 0; u < U; ++u) x[u] = vldexp(x[u] * factor, n[u]);
   }
 };
 
@@ -94,51 +138,40 @@ MDK_INLINE float block_max(const T* x, int64_t n) {
 template <bool kKeep, bool fused, class T, class Drain>
 MDK_INLINE float block_sum_by(const T* x, int64_t n, const Exponent& exponent, float* block_maximum,
                               float* kept, const Drain& drain) {
-  vf s0 = vset(0.0f), s1 = s0, s2 = s0, s3 = s0;
-  vf m0 = vset(-INFINITY), m1 = m0, a, b, c, d;
+  constexpr int U = 4;
+  vf v[U], s[U], m0 = vset(-INFINITY), m1 = m0;
+  for (int u = 0; u < U; ++u) s[u] = vset(0.0f);
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    prefetch_ahead(x + i, 4 * W);
-    drain.pair(i, 2 * W);
-    drain.pair(i + 2 * W, 2 * W);
-    load2(x + i, &a, &b);
-    load2(x + i + 2 * W, &c, &d);
-    m0 = vmax(vmax(a, c), m0);
-    m1 = vmax(vmax(b, d), m1);
-    a = vexp2(exponent.at<fused>(a));
-    b = vexp2(exponent.at<fused>(b));
-    c = vexp2(exponent.at<fused>(c));
-    d = vexp2(exponent.at<fused>(d));
-    if (kKeep) {
-      store2(kept + i, a, b);
-      store2(kept + i + 2 * W, c, d);
-    }
-    s0 += a;
-    s1 += b;
-    s2 += c;
-    s3 += d;
+  for (; i + U * W <= n; i += U * W) {
+    prefetch_ahead(x + i, U * W);
+    for (int u = 0; u < U; u += 2) drain.pair(i + u * W, 2 * W);
+    for (int u = 0; u < U; u += 2) load2(x + i + u * W, v + u, v + u + 1);
+    m0 = vmax(vmax(v[0], v[2]), m0);
+    m1 = vmax(vmax(v[1], v[3]), m1);
+    for (int u = 0; u < U; u += kSumsInStep) exponent.raise<fused, kSumsInStep>(v + u);
+    if (kKeep)
+      for (int u = 0; u < U; u += 2) store2(kept + i + u * W, v[u], v[u + 1]);
+    for (int u = 0; u < U; ++u) s[u] += v[u];
   }
   for (; i < n; i += 2 * W) {
     drain.pair(i, n - i);
     if (i + 2 * W <= n)
-      load2(x + i, &a, &b);
+      load2(x + i, v, v + 1);
     else
-      load2_tail(x + i, n - i, -INFINITY, &a, &b);
-    m0 = vmax(a, m0);
-    m1 = vmax(b, m1);
-    a = vexp2(exponent.at<fused>(a));
-    b = vexp2(exponent.at<fused>(b));
+      load2_tail(x + i, n - i, -INFINITY, v, v + 1);
+    m0 = vmax(v[0], m0);
+    m1 = vmax(v[1], m1);
+    exponent.raise<fused, 2>(v);
     if (kKeep) {
       if (keeps_in_row(x) && i + 2 * W > n)
-        store2_tail(kept + i, n - i, a, b);
+        store2_tail(kept + i, n - i, v[0], v[1]);
       else
-        store2(kept + i, a, b);
+        store2(kept + i, v[0], v[1]);
     }
-    s0 += a;
-    s1 += b;
+    for (int u = 0; u < 2; ++u) s[u] += v[u];
   }
   *block_maximum = vhmax(vmax(m0, m1));
-  return vhsum((s0 + s1) + (s2 + s3));
+  return vhsum((s[0] + s[1]) + (s[2] + s[3]));
 }
 template <bool kKeep, class T, class Drain>
 MDK_INLINE float block_sum(const T* x, int64_t n, const Exponent& exponent, float* block_maximum,

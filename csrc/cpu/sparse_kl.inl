@@ -34,21 +34,20 @@ MDK_INLINE void fill_zero(T* row, int64_t n) {
 template <bool fused, class T>
 MDK_INLINE void write_softmax_by(const T* x, T* out, int64_t n, const Exponent& exponent,
                                  vf factor) {
-  vf a, b;
+  vf v[2];
   for (int64_t i = 0; i < n; i += 2 * W) {
     const bool whole = i + 2 * W <= n;
     if (whole) {
       prefetch_ahead(x + i, 2 * W);
-      load2(x + i, &a, &b);
+      load2(x + i, v, v + 1);
     } else {
-      load2_tail(x + i, n - i, -INFINITY, &a, &b);
+      load2_tail(x + i, n - i, -INFINITY, v, v + 1);
     }
-    a = vexp2_scaled(exponent.at<fused>(a), factor);
-    b = vexp2_scaled(exponent.at<fused>(b), factor);
+    exponent.raise<fused, 2>(v, factor);
     if (whole)
-      store2(out + i, a, b);
+      store2(out + i, v[0], v[1]);
     else
-      store2_tail(out + i, n - i, a, b);
+      store2_tail(out + i, n - i, v[0], v[1]);
   }
 }
 template <class T>

@@ -139,19 +139,35 @@ MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
 }
 #endif
 
-// scale * 2^t for t < 128 and |scale| < 2^127: -inf gives 0, NaN stays NaN. (More may give
-// anything.)
+// y[u] <- 2^f[u], in step.
+template <int U>
+MDK_INLINE void vexp2_fractions(const vf* f, vf* y) {
+  constexpr float coefs[] = {kExp2C4, kExp2C3, kExp2C2, kExp2C1, kExp2C0};
+  for (int u = 0; u < U; ++u) y[u] = vset(kExp2C5);
+  for (const float coef : coefs)
+    for (int u = 0; u < U; ++u) y[u] = vfma(y[u], f[u], vset(coef));
+}
+
+// t[u] <- 2^t[u] for t < 128: -inf gives 0, NaN stays NaN. (More may give anything.) The U
+// evaluations advance in step, since one alone is a chain of dependent operations.
+template <int U>
+MDK_INLINE void vexp2_each(vf* t) {
+  vf f[U], n[U];
+  for (int u = 0; u < U; ++u) vsplit_exponent(t[u], f + u, n + u);
+  vexp2_fractions<U>(f, t);
+  for (int u = 0; u < U; ++u) t[u] = vldexp(t[u], n[u]);
+}
+MDK_INLINE vf vexp2(vf t) {
+  vexp2_each<1>(&t);
+  return t;
+}
+// scale * 2^t, |scale| < 2^127
 MDK_INLINE vf vexp2_scaled(vf t, vf scale) {
-  vf f, n;
+  vf f, n, y;
   vsplit_exponent(t, &f, &n);
-  vf y = vfma(vset(kExp2C5), f, vset(kExp2C4));
-  y = vfma(y, f, vset(kExp2C3));
-  y = vfma(y, f, vset(kExp2C2));
-  y = vfma(y, f, vset(kExp2C1));
-  y = vfma(y, f, vset(kExp2C0));
+  vexp2_fractions<1>(&f, &y);
   return vldexp(y * scale, n);
 }
-MDK_INLINE vf vexp2(vf t) { return vexp2_scaled(t, vset(1.0f)); }
 
 // Element types: bits as stored. A pair of vectors is loaded at a time; the order of lanes within a
 // pair is free as long as load2 and store2 agree.
