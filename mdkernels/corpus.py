@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from . import long_documents
 from .artifact import Artifact, ArtifactError, read_artifact
 from .artifact_writer import ArtifactWriter
 from .models import load_tokenizer, tokenizer_hash, tokenizer_vocab_size
@@ -138,6 +139,7 @@ def build_corpus(
         "inputs": {},
     }
     dtype = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    end_of_document = np.array([tokenizer.eos_token_id])
     encode = _encoder(tokenizer)
     with ArtifactWriter(out, Corpus.kind, header, overwrite=overwrite) as writer:
         token_ids, offsets = (
@@ -154,7 +156,7 @@ def build_corpus(
                 if not pieces:
                     continue
                 lengths = np.array([len(ids) + 1 for ids in pieces], np.int64)
-                joined = np.concatenate([[*ids, tokenizer.eos_token_id] for ids in pieces])
+                joined = np.concatenate([part for ids in pieces for part in (ids, end_of_document)])
                 if joined.min() < 0 or joined.max() >= vocab_size:
                     raise ValueError(
                         f"tokenizer: gave token ids {joined.min()}..{joined.max()}, outside its "
@@ -178,7 +180,18 @@ def _encoder(tokenizer: PreTrainedTokenizerBase):
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.no_truncation()
     backend.no_padding()
-    return lambda batch: [e.ids for e in backend.encode_batch_fast(batch, add_special_tokens=False)]
+
+    def encode(batch: list[str]) -> list[Sequence[int]]:
+        short = [document for document in batch if len(document) <= 2 * long_documents.WINDOW]
+        encodings = iter(backend.encode_batch_fast(short, add_special_tokens=False))
+        return [
+            next(encodings).ids
+            if len(document) <= 2 * long_documents.WINDOW
+            else long_documents.encode_long(backend, document)
+            for document in batch
+        ]
+
+    return encode
 
 
 def _utf8_bytes(document: str) -> int:
