@@ -125,17 +125,10 @@ MDK_INLINE void vsplit_exponent(vf t, vf* f, vf* n) {
 MDK_INLINE vf vldexp(vf y, vf n) { return y * vshift_to_exponent(n); }
 // x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)). x normal and positive.
 MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
-  float xs[W], ms[W], es[W];
-  vstore(xs, x);
-  for (int i = 0; i < W; ++i) {
-    int e;
-    float m = frexpf(xs[i], &e);  // [0.5, 1)
-    const bool low = m < 0.70710678f;
-    ms[i] = low ? 2.0f * m : m;
-    es[i] = (float)(low ? e - 1 : e);
-  }
-  *mantissa = vload(ms);
-  *exponent = vload(es);
+  typedef int32_t vint __attribute__((vector_size(4 * W)));
+  const vint bits = (vint)x, e = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
+  *mantissa = (vf)(bits - (e << 23));
+  *exponent = __builtin_convertvector(e, vf);
 }
 #endif
 
