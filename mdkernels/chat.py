@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from .fast_decode import fast_decode
-from .generate_checks import check_options
+from .generate_checks import check_options, model_sources
 from .mixture import MemoryMixture
 from .mixture_cache import CACHE
 from .models import end_tokens, load_tokenizer
@@ -20,7 +20,7 @@ def chat(
     memory,
     *,
     tokenizer=None,
-    mix_weight=0.5,
+    mix_weight=None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
@@ -37,10 +37,9 @@ def chat(
     if sys.stdin is None:
         raise ValueError("stdin: is closed, but chat reads its lines from there")
     tokenizer = load_tokenizer(base if tokenizer is None else tokenizer)
-    sources = [base, *(memory if isinstance(memory, (list, tuple)) else [memory])]
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     checked = {"mix_weight": mix_weight, "seed": seed, "device": device, "dtype": dtype}
-    place = check_options(sources, **options, **checked)
+    place = check_options(model_sources(base, memory), **options, **checked)
     loaded = {"mix_weight": mix_weight, "device": place, "dtype": DTYPES[dtype]}
     mixture = MemoryMixture.from_pretrained(base, memory, **loaded)
     if temperature == 0.0:

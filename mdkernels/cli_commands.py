@@ -87,7 +87,9 @@ def generate(*, prompt: list[str], quiet: bool = False, **settings: Any) -> str 
     from .generate import generate as run
 
     stream = sys.stdout if len(prompt) == 1 and not quiet else None
-    results = run(settings.pop("base"), settings.pop("memory"), prompt, stream=stream, **settings)
+    results = run(
+        settings.pop("base"), settings.pop("memory", None), prompt, stream=stream, **settings
+    )
     if stream is not None:
         return None
     parts = []
@@ -101,7 +103,7 @@ def generate(*, prompt: list[str], quiet: bool = False, **settings: Any) -> str 
 def chat(**settings: Any) -> None:
     from .chat import chat as run
 
-    run(settings.pop("base"), settings.pop("memory"), **settings)
+    run(settings.pop("base"), settings.pop("memory", None), **settings)
 
 
 def demo(**settings: Any) -> None:

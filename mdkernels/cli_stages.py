@@ -291,6 +291,10 @@ EVALUATE = Stage(
     continues=False,
 )
 
+_OWN = "(default: {}, or the saved mixture's own)"
+_MEMORY = _model("memory", "memory model, or several; none with a saved mixture", many=True)
+_MIX_WEIGHT = _number("mix_weight", f"share of each memory, 0..1 {_OWN.format(0.5)}", many=True)
+
 GENERATE = Stage(
     "generate",
     "continue a prompt with the mixture",
@@ -299,12 +303,12 @@ GENERATE = Stage(
     "mdkernels generate --base gpt2-xl --memory run/memory --mix-weight 0.55 --side-by-side "
     '--prompt "The Court held that"',
     (
-        _model("base", "base model", required=True),
-        _model("memory", "memory model, or several", many=True, required=True),
+        _model("base", "base model, or a saved mixture", required=True),
+        _MEMORY,
         Option("prompt", "text to continue, or several", metavar="TEXT", many=True, required=True),
         _model("tokenizer", "tokenizer, if the base directory has none"),
-        _number("mix_weight", "share of each memory, 0..1", 0.5, many=True),
-        _number("memory_temperature", "divides the memory's logits", 1.0),
+        _MIX_WEIGHT,
+        _number("memory_temperature", f"divides the memory's logits {_OWN.format(1)}"),
         _count("max_new_tokens", "tokens to add at most", 128),
         _number("temperature", "of sampling; 0: greedy", 0.0),
         _count("top_k", "sample among the k most likely tokens; 0: all", 0),
@@ -333,10 +337,10 @@ CHAT = Stage(
     "mdkernels.chat:chat",
     "mdkernels chat --base Qwen/Qwen2.5-1.5B-Instruct --memory run/memory --temperature 0.7",
     (
-        _model("base", "base model, one with a chat template for questions", required=True),
-        _model("memory", "memory model, or several", many=True, required=True),
+        _model("base", "base model (one with a chat template), or a saved mixture", required=True),
+        _MEMORY,
         _model("tokenizer", "tokenizer, if the base directory has none"),
-        _number("mix_weight", "share of each memory, 0..1", 0.5, many=True),
+        _MIX_WEIGHT,
         _count("max_new_tokens", "tokens of a reply at most", 128),
         _number("temperature", "of sampling; 0: greedy", 0.0),
         _count("seed", "seed of sampling", 0),

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from .decode import decode
-from .generate_checks import check_options
+from .generate_checks import check_options, model_sources
 from .mixture import MemoryMixture
 from .models import end_tokens, load_tokenizer
 from .train_config import DTYPES
@@ -25,8 +25,8 @@ def generate(
     prompts: str | Sequence[str],
     *,
     tokenizer: str | os.PathLike | PreTrainedTokenizerBase | None = None,
-    mix_weight: float | Sequence[float] = 0.5,
-    memory_temperature: float = 1.0,
+    mix_weight: float | Sequence[float] | None = None,
+    memory_temperature: float | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int = 0,
@@ -43,12 +43,14 @@ def generate(
 
     Args:
         base, memory: directories, hub ids or live models with one tokenizer; `memory` may be a
-            list, or None with a saved mixture as `base`.
+            list, or None with the directory of a saved mixture as `base`.
         prompts: one text or several, decoded as one batch. The text is tokenised without special
             tokens, as the corpus was.
         tokenizer: None: that of `base`, which must then be a directory or hub id.
-        mix_weight, memory_temperature, max_new_tokens, temperature, top_k, top_p, min_p, seed,
-        draft_tokens: see `MemoryMixture` and `decode`; the base alone has no drafts.
+        mix_weight, memory_temperature: see `MemoryMixture`. None: 0.5 and 1, or what the saved
+            mixture has.
+        max_new_tokens, temperature, top_k, top_p, min_p, seed, draft_tokens: see `decode`; the base
+            alone has no drafts.
         side_by_side: also decode with the base alone, from the same random streams.
         stream: where to write the text while it is made (one prompt only), for example sys.stdout.
         dtype: "float32" or "bfloat16" weights; live models keep theirs.
@@ -73,9 +75,8 @@ def generate(
             raise ValueError(f"prompts: {text!r} is empty; a model continues at least one token")
     if stream is not None and len(texts) > 1:
         raise ValueError(f"stream: shows one prompt, got {len(texts)}; generate them one by one")
-    memories = list(memory) if isinstance(memory, (list, tuple)) else [memory]
     place = check_options(
-        [base, *[one for one in memories if one is not None]],
+        model_sources(base, memory),
         mix_weight=mix_weight,
         memory_temperature=memory_temperature,
         prompt_tokens=max(map(len, encoded)),

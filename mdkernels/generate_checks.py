@@ -23,7 +23,7 @@ def check_options(
     seed: int,
     device: str,
     dtype: str,
-    memory_temperature: float = 1.0,
+    memory_temperature: float | None = None,
     prompt_tokens: int = 1,
     top_k: int = 0,
     top_p: float = 1.0,
@@ -34,16 +34,19 @@ def check_options(
 
     Args:
         sources: base, then memories: directories, hub ids or live models; only their
-            configurations are read.
+            configurations are read. Or a saved mixture alone.
         The others: see `generate`.
 
     Returns the device that `device` stands for.
     """
     named = [pair for source in sources for pair in _configs(source)]
     configs = [config for _, config in named]
-    if len(configs) > 1:
+    if mix_weight is None and len(sources) > 1:
+        mix_weight = 0.5  # the default of MemoryMixture, for one memory
+    if mix_weight is not None:
         check_weights(mix_weight, len(configs) - 1)
-    check_temperature(memory_temperature)
+    if memory_temperature is not None:
+        check_temperature(memory_temperature)
     check_sampling(temperature, top_k, top_p, min_p)
     if temperature == 0.0:
         for name, value, whole in (("top_k", top_k, 0), ("top_p", top_p, 1), ("min_p", min_p, 0)):
@@ -70,6 +73,20 @@ def check_options(
                 f"the context of {name}, {context}; shorten the prompt or lower max_new_tokens"
             )
     return place
+
+
+def model_sources(base: Any, memory: Any) -> list[Any]:
+    """Base and memories in one list. Without a memory (None) `base` must be a saved mixture."""
+    if memory is not None:
+        return [base, *(memory if isinstance(memory, (list, tuple)) else [memory])]
+    live = isinstance(base, torch.nn.Module)
+    if live or not isinstance(load_config(base), MemoryMixtureConfig):
+        raise ValueError(
+            f"memory: got none, and {model_id(base) if live else base} is not the directory of a "
+            "saved mixture, which would bring its own; give a memory model (--memory), or as base "
+            "a directory that MemoryMixture.save_pretrained wrote"
+        )
+    return [base]
 
 
 def _configs(source: Any) -> list[tuple[str, Any]]:

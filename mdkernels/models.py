@@ -184,6 +184,11 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=16).hexdigest()
 
 
+def _holds_tokenizer(directory: Path) -> bool:
+    names = ("tokenizer*", "vocab*", "merges.txt", "*.model")
+    return any(True for name in names for _ in directory.glob(name))
+
+
 def _load(what: str, load: Callable[..., Any], name: str | os.PathLike, **options: Any) -> Any:
     path = Path(name)
     partial = Path(f"{path}{PARTIAL}")
@@ -195,6 +200,11 @@ def _load(what: str, load: Callable[..., Any], name: str | os.PathLike, **option
     try:
         return load(os.fspath(name), **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
+        if what == "tokenizer" and path.is_dir() and not _holds_tokenizer(path):
+            raise ValueError(
+                f"tokenizer: {path} holds none; put one there with tokenizer.save_pretrained, or "
+                "where that is an option, name another directory or hub id (--tokenizer)"
+            ) from error
         missing = "" if path.exists() else "there is no such directory; as a hub id: "
         raise ValueError(
             f"cannot load a {what} from {os.fspath(name)!r}: {missing}{str(error).rstrip('.')}. "
