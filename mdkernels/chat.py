@@ -36,10 +36,11 @@ def chat(
     """
     if sys.stdin is None:
         raise ValueError("stdin: is closed, but chat reads its lines from there")
+    sources = model_sources(base, memory)
     tokenizer = load_tokenizer(base if tokenizer is None else tokenizer)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature}
     checked = {"mix_weight": mix_weight, "seed": seed, "device": device, "dtype": dtype}
-    place = check_options(model_sources(base, memory), **options, **checked)
+    place = check_options(sources, **options, **checked)
     loaded = {"mix_weight": mix_weight, "device": place, "dtype": DTYPES[dtype]}
     mixture = MemoryMixture.from_pretrained(base, memory, **loaded)
     if temperature == 0.0:

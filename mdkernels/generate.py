@@ -60,6 +60,7 @@ def generate(
     a context, for values that `MemoryMixture` and `decode` refuse, and for top_k, top_p and min_p
     at temperature 0, which would ignore them.
     """
+    sources = model_sources(base, memory)
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
     if tokenizer is None and isinstance(base, torch.nn.Module):
         raise ValueError("tokenizer: needed with a live base model, which carries none")
@@ -76,7 +77,7 @@ def generate(
     if stream is not None and len(texts) > 1:
         raise ValueError(f"stream: shows one prompt, got {len(texts)}; generate them one by one")
     place = check_options(
-        model_sources(base, memory),
+        sources,
         mix_weight=mix_weight,
         memory_temperature=memory_temperature,
         prompt_tokens=max(map(len, encoded)),

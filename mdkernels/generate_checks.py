@@ -77,21 +77,41 @@ def check_options(
 
 def model_sources(base: Any, memory: Any) -> list[Any]:
     """Base and memories in one list. Without a memory (None) `base` must be a saved mixture."""
-    if memory is not None:
-        return [base, *(memory if isinstance(memory, (list, tuple)) else [memory])]
-    live = isinstance(base, torch.nn.Module)
-    if live or not isinstance(load_config(base), MemoryMixtureConfig):
-        raise ValueError(
-            f"memory: got none, and {model_id(base) if live else base} is not the directory of a "
-            "saved mixture, which would bring its own; give a memory model (--memory), or as base "
-            "a directory that MemoryMixture.save_pretrained wrote"
-        )
-    return [base]
+    if memory is None:
+        if isinstance(base, torch.nn.Module):
+            raise ValueError(
+                "memory: got none with a live base; give one, or as base the directory of a saved "
+                "mixture"
+            )
+        if not _is_mixture(base):
+            raise ValueError(
+                f"memory: got none, and {base} is not the directory of a saved mixture, which "
+                "would bring its own; give a memory model (--memory), or as base a directory that "
+                "MemoryMixture.save_pretrained wrote"
+            )
+        return [base]
+    memories = list(memory) if isinstance(memory, (list, tuple)) else [memory]
+    if None in memories:
+        raise ValueError("memory: got None in a list of memories; leave it out")
+    for name, source in [("base", base), *(("memory", one) for one in memories)]:
+        if _is_mixture(source):
+            raise ValueError(
+                f"{name}: {_name(source)} is a mixture itself, with its own memories; "
+                + ("leave memory out" if name == "base" else "give a model of one network")
+            )
+    return [base, *memories]
+
+
+def _is_mixture(source: Any) -> bool:
+    return isinstance(load_config(source), MemoryMixtureConfig)
+
+
+def _name(source: Any) -> str:
+    return model_id(source) if isinstance(source, torch.nn.Module) else str(source)
 
 
 def _configs(source: Any) -> list[tuple[str, Any]]:
     """(name, configuration) of a model, or of each model of a saved mixture."""
-    name = model_id(source) if isinstance(source, torch.nn.Module) else str(source)
     config = load_config(source)
     parts = config.models if isinstance(config, MemoryMixtureConfig) else [config]
-    return [(name, part) for part in parts]
+    return [(_name(source), part) for part in parts]

@@ -31,7 +31,13 @@ class MixFit:
 
 def check_weights(mix_weight: float | Sequence[float], memories: int) -> tuple[float, ...]:
     """`mix_weight` as one float per memory. Raises ValueError outside the simplex."""
-    weights = (mix_weight,) if isinstance(mix_weight, (int, float)) else tuple(mix_weight)
+    try:
+        given = (mix_weight,) if isinstance(mix_weight, (int, float)) else mix_weight
+        weights = tuple(float(weight) for weight in given)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"mix_weight: expected a number or one for each memory, got {mix_weight!r}"
+        ) from error
     if len(weights) != memories:
         raise ValueError(
             f"mix_weight: got {len(weights)} weight(s) for {memories} memories; give one each"
@@ -44,7 +50,7 @@ def check_weights(mix_weight: float | Sequence[float], memories: int) -> tuple[f
             f"mix_weight: {list(weights)} sum to {sum(weights):g}; the memories can share at "
             "most 1, the base has the rest"
         )
-    return tuple(float(weight) for weight in weights)
+    return weights
 
 
 def mixture_logprobs(base: Tensor, memories: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

@@ -27,7 +27,7 @@ from .mix_weight import check_weights
 from .mixture_cache import CACHE, MixtureCache
 from .mixture_config import MemoryMixtureConfig, check_temperature
 from .mixture_generation import MixtureGenerationMixin, mask_of
-from .models import load_model
+from .models import cast_weights, load_model
 from .ops.logit_mix import logit_mix
 from .tokenizer_check import check_tokenizers
 
@@ -134,8 +134,9 @@ class MemoryMixture(PreTrainedModel, MixtureGenerationMixin):
         if memory is None:
             mixture = super().from_pretrained(base, dtype=dtype, **kwargs)
             if dtype not in ("auto", None):  # each model was built in the dtype it was saved in
-                dtype = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
-                mixture.to(dtype)
+                cast_weights(
+                    mixture, dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype)
+                )
             for name, value in chosen.items():
                 setattr(mixture, name, value)
             return mixture if device is None else mixture.to(device)

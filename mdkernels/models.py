@@ -83,6 +83,17 @@ def load_tokenizer(
     return _load("tokenizer", loader.from_pretrained, name, **options)
 
 
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give `model` the floating dtype as `from_pretrained(dtype=...)` does: what it computes for
+    itself, such as rotary frequencies, keeps its precision, which `model.to(dtype)` would take."""
+    for module in model.modules():
+        computed = module._non_persistent_buffers_set
+        saved = {name: x for name, x in module._buffers.items() if name not in computed}
+        for value in [*module._parameters.values(), *saved.values()]:
+            if value is not None and value.is_floating_point():
+                value.data = value.data.to(dtype)
+
+
 def hidden_states(
     model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
 ) -> Tensor:

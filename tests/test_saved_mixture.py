@@ -3,7 +3,8 @@
 import io
 
 import pytest
-from pipeline_fixtures import save_tiny_checkpoint, tiny_tokenizer
+import torch
+from pipeline_fixtures import FAMILIES, save_tiny_checkpoint, tiny_tokenizer
 
 from mdkernels import cli
 from mdkernels.chat import chat
@@ -75,12 +76,39 @@ def test_chat(parts, tmp_path, monkeypatch, capsys):
     assert own != given
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bf16_weights_are_those_of_the_parts(tmp_path, family):
+    """Rotary frequencies are no weights: in bf16 every position would be a little off."""
+    base = save_tiny_checkpoint(tmp_path / "base", family)
+    memory = save_tiny_checkpoint(tmp_path / "memory", family, seed=1)
+    bf16 = {"dtype": torch.bfloat16}
+    MemoryMixture.from_pretrained(base, memory).save_pretrained(tmp_path / "mixture")
+    one = MemoryMixture.from_pretrained(tmp_path / "mixture", **bf16)
+    two = MemoryMixture.from_pretrained(base, memory, **bf16)
+    ids = torch.randint(0, 300, (1, 60), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert torch.equal(one(ids).logits, two(ids).logits)
+    assert {p.dtype for p in one.parameters()} == {torch.bfloat16}
+    for (name, x), (_, y) in zip(one.named_buffers(), two.named_buffers(), strict=True):
+        assert x.dtype == y.dtype, name
+
+
 def test_no_memory_needs_a_saved_mixture(parts, saved):
+    base, memory = parts
     live = MemoryMixture.from_pretrained(saved)
-    for base in (parts[0], live, live.base):
-        with pytest.raises(ValueError, match=r"memory: got none, and .* is not the directory of a"):
-            text(base, None)
-    with pytest.raises(ValueError, match=r"got 1 weight.* for 2 memories"):
-        text(parts[0], [parts[1], parts[1]])
-    with pytest.raises(ValueError, match=r"got 2 weight.* for 1 memories"):
-        text(saved, None, mix_weight=[0.2, 0.3])
+    two = [memory, memory]
+    for models, options, message in (
+        ((base, None), {}, r"memory: got none, and .* is not the directory of a saved"),
+        ((live, None), {}, "memory: got none with a live base"),
+        ((live.base, None), {}, "memory: got none with a live base"),
+        ((base, two), {}, "got 1 weight.* for 2 memories"),
+        ((saved, None), {"mix_weight": [0.2, 0.3]}, "got 2 weight.* for 1 memories"),
+        ((saved, None), {"mix_weight": "a"}, "mix_weight: expected a number or one for each"),
+        ((saved, memory), {}, "base: .* is a mixture itself, .*leave memory out"),
+        ((saved, []), {}, "base: .* is a mixture itself, .*leave memory out"),
+        ((live, memory), {}, "base: .* is a mixture itself, .*leave memory out"),
+        ((base, saved), {}, "memory: .* is a mixture itself"),
+        ((base, [None]), {}, "memory: got None in a list"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            text(*models, **options)
