@@ -13,6 +13,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -181,12 +182,14 @@ def _encoder(tokenizer: PreTrainedTokenizerBase):
     backend.no_truncation()
     backend.no_padding()
 
+    most = 2 * long_documents.WINDOW if long_documents.can_split(backend) else math.inf
+
     def encode(batch: list[str]) -> list[Sequence[int]]:
-        short = [document for document in batch if len(document) <= 2 * long_documents.WINDOW]
+        short = [document for document in batch if len(document) <= most]
         encodings = iter(backend.encode_batch_fast(short, add_special_tokens=False))
         return [
             next(encodings).ids
-            if len(document) <= 2 * long_documents.WINDOW
+            if len(document) <= most
             else long_documents.encode_long(backend, document)
             for document in batch
         ]
