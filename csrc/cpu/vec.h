@@ -123,11 +123,13 @@ MDK_INLINE void vsplit_exponent(vf t, vf* f, vf* n) {
   *f = c - (*n - vset(kRounder));
 }
 MDK_INLINE vf vldexp(vf y, vf n) { return y * vshift_to_exponent(n); }
-// x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)). x normal and positive.
+// x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)), for a normal and positive x.
 MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
   typedef int32_t vint __attribute__((vector_size(4 * W)));
-  const vint bits = (vint)x, e = (bits - 0x3f3504f3) >> 23;  // the bits of sqrt(1/2)
-  *mantissa = (vf)(bits - (e << 23));
+  typedef uint32_t vbits __attribute__((vector_size(4 * W)));  // which may wrap: x may be anything
+  const vbits bits = (vbits)x;
+  const vint e = (vint)(bits - 0x3f3504f3u) >> 23;  // the bits of sqrt(1/2)
+  *mantissa = (vf)(bits - ((vbits)e << 23));
   *exponent = __builtin_convertvector(e, vf);
 }
 #endif
