@@ -123,6 +123,12 @@ def save_tiny_checkpoint(path: str | os.PathLike, family: str, **model_options) 
     return str(path)
 
 
+def save_tiny_pair(root: Path) -> tuple[str, str]:
+    """A base and a memory of another family, saved below `root`."""
+    base = save_tiny_checkpoint(root / "base", "llama")
+    return base, save_tiny_checkpoint(root / "memory", "gpt2", seed=1)
+
+
 def shared_data() -> Path:
     """Folder of optional real data: $MDK_SHARED_DATA, else ../shared/data next to the repo."""
     default = Path(__file__).resolve().parents[2] / "shared" / "data"

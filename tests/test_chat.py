@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from pipeline_fixtures import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from pipeline_fixtures import save_tiny_checkpoint, save_tiny_pair, tiny_model, tiny_tokenizer
 from transformers import GenerationConfig
 
 from mdkernels import cli
@@ -24,9 +24,7 @@ TEMPLATE = (
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    base = save_tiny_checkpoint(root / "base", "llama")
-    return base, save_tiny_checkpoint(root / "memory", "gpt2", seed=1)
+    return save_tiny_pair(tmp_path_factory.mktemp("models"))
 
 
 def replies(tokenizer, encode):

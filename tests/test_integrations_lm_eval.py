@@ -4,7 +4,7 @@ import json
 
 import pytest
 from mixture_fixtures import oracle
-from pipeline_fixtures import save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from pipeline_fixtures import save_tiny_pair, tiny_model, tiny_tokenizer
 
 from mdkernels.mixture import MemoryMixture
 
@@ -57,9 +57,7 @@ def gold(mixture, context, continuation):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    base = save_tiny_checkpoint(root / "base", "llama")
-    return base, save_tiny_checkpoint(root / "memory", "gpt2", seed=1)
+    return save_tiny_pair(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from pipeline_fixtures import FAMILIES, save_tiny_checkpoint, tiny_tokenizer
+from pipeline_fixtures import FAMILIES, save_tiny_checkpoint, save_tiny_pair, tiny_tokenizer
 
 from mdkernels import cli
 from mdkernels.chat import chat
@@ -16,9 +16,7 @@ PROMPT, NEW = "the tensor returns", {"max_new_tokens": 10, "temperature": 1.0, "
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    base = save_tiny_checkpoint(root / "base", "llama")
-    return base, save_tiny_checkpoint(root / "memory", "gpt2", seed=1)
+    return save_tiny_pair(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")
