@@ -75,13 +75,14 @@ class CMakeBuild(build_ext):
         import pybind11
 
         ninja = shutil.which("ninja")
-        key = f"{ROOT}|{sys.executable}|{pybind11.get_cmake_dir()}|{nvcc if cuda else None}|{ninja}"
+        # An isolated build has pybind11, cmake and ninja in a place of its own each time. They are
+        # named on every call, so that the stage can stay.
+        key = f"{ROOT}|{sys.executable}|{nvcc if cuda else None}|{ninja is None}"
         stamp = self.stage / "mdk-stage-key"
         if self.stage.exists() and (not stamp.exists() or stamp.read_text() != key):
             shutil.rmtree(self.stage)
         self.stage.mkdir(parents=True, exist_ok=True)
         stamp.write_text(key)
-        # Absolute tool paths on every call: a cached path may point into a deleted build env.
         command = ["cmake", "-S", str(ROOT), "-B", str(self.stage), "-DCMAKE_BUILD_TYPE=Release"]
         if ninja:
             command += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]

@@ -28,5 +28,5 @@ tests=$(grep -lE '^OP = |mix_fixtures|import .*knn_targets|WeightGradient' "$roo
 # A finding ends the process, so pytest must leave its standard error alone (--capture=sys).
 # shellcheck disable=SC2086  # one word per file
 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-  "$python" -m pytest --capture=sys --rootdir "$root" -c "$root/pyproject.toml" \
+  "$python" -m pytest -n 2 --capture=sys --rootdir "$root" -c "$root/pyproject.toml" \
   -p no:cacheprovider $tests "$@"

@@ -242,7 +242,7 @@ def listed(*command) -> str:
 
 def objects() -> list[Path]:
     root = Path(CPU.module.__file__).resolve().parents[1]
-    pattern = "build/cmake-*[!e]/CMakeFiles/_cpu.dir/csrc/cpu/kernels_*.o"  # not *-sanitize
+    pattern = "build/cmake-*[!e]/CMakeFiles/cpu_kernels.dir/csrc/cpu/kernels_*.o"  # not *-sanitize
     found = sorted(root.glob(pattern))
     if not found:
         pytest.skip("the object files of this build are not beside the package")

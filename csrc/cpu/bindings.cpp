@@ -66,6 +66,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("compiled_isas", &mdk::compiled_isas);
   m.def("supported_isas", &mdk::supported_isas);
   m.def("after_fork", &mdk::after_fork);
+  m.attr("openmp") = mdk_has_openmp;
   m.def("advise_huge_pages",
         [](uintptr_t data, int64_t bytes) { mdk::advise_huge_pages(pointer<void>(data), bytes); });
   m.def("sparse_kl", &sparse_kl);

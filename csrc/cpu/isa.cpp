@@ -1,5 +1,9 @@
 #include "isa.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -15,10 +19,14 @@ struct Level {
 bool always() { return true; }
 
 #if defined(__x86_64__)
-// __builtin_cpu_supports also checks that the operating system saves the wide registers.
+// __builtin_cpu_supports also checks that the operating system saves the wide registers. In
+// clang 14 it knows no "f16c".
+bool has_f16c() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+}
 bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 }
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -33,6 +41,8 @@ const Level levels[] = {
     {&mdk_kernels_avx2, has_avx2},
     {&mdk_kernels_avx512, has_avx512},
     {&mdk_kernels_avx512_bf16, has_avx512_bf16},
+#elif defined(__aarch64__)
+    {&mdk_kernels_neon, always},
 #endif
 };
 

@@ -108,4 +108,5 @@ extern const MdkKernels mdk_kernels_generic;
 extern const MdkKernels mdk_kernels_avx2;
 extern const MdkKernels mdk_kernels_avx512;
 extern const MdkKernels mdk_kernels_avx512_bf16;
+extern const MdkKernels mdk_kernels_neon;
 }

@@ -67,13 +67,56 @@ MDK_INLINE int64_t take_vector(int32_t* tokens, float* weights, int64_t i, int64
 }
 MDK_INLINE vi broadcast_token(int32_t token) { return _mm256_set1_epi32(token); }
 
+#elif defined(MDK_ISA_NEON)
+
+constexpr bool kCanTake = true;
+typedef uint32x4_t vlanes;
+MDK_INLINE vlanes first_lanes(int64_t n) {
+  const int32x4_t lane = {0, 1, 2, 3};
+  return vcgtq_s32(vdupq_n_s32((int32_t)n), lane);
+}
+
+// For each set of lanes, the bytes of those lanes in ascending order.
+struct LaneTable {
+  uint8_t bytes[16][16];
+  uint8_t size[16];
+  constexpr LaneTable() : bytes(), size() {
+    for (int set = 0; set < 16; ++set)
+      for (int lane = 0; lane < 4; ++lane)
+        if (set >> lane & 1) {
+          for (int i = 0; i < 4; ++i) bytes[set][4 * size[set] + i] = (uint8_t)(4 * lane + i);
+          ++size[set];
+        }
+  }
+};
+constexpr LaneTable kLanes;
+
+MDK_INLINE int64_t take_vector(int32_t* tokens, float* weights, int64_t i, int64_t left,
+                               vlanes present, const vi* key, vf* sum) {
+  const vi t = vld1q_s32(tokens + i);
+  const vf w = vload(weights + i);
+  vlanes rest = present;
+  for (int k = 0; k < kTaken; ++k) {
+    const vlanes equal = vandq_u32(present, vceqq_s32(t, key[k]));
+    sum[k] += vreinterpretq_f32_u32(vandq_u32(equal, vreinterpretq_u32_f32(w)));
+    rest = vbicq_u32(rest, equal);
+  }
+  const uint32x4_t bit = {1, 2, 4, 8};
+  const uint32_t set = vaddvq_u32(vandq_u32(rest, bit));
+  const uint8x16_t order = vld1q_u8(kLanes.bytes[set]);
+  vst1q_s32(tokens + left, vreinterpretq_s32_u8(vqtbl1q_u8(vreinterpretq_u8_s32(t), order)));
+  vstore(weights + left, vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(w), order)));
+  return left + kLanes.size[set];
+}
+MDK_INLINE vi broadcast_token(int32_t token) { return vdupq_n_s32(token); }
+
 #else
 
 constexpr bool kCanTake = false;
 
 #endif
 
-#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
+#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2) || defined(MDK_ISA_NEON)
 
 constexpr int64_t kTakeBlock = 32 * W;  // a lane adds at most 32 weights in fp32, the rest is fp64
 

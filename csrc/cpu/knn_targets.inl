@@ -59,7 +59,7 @@ MDK_INLINE int64_t knn_weigh(const MdkKnnTargets* a, MdkKnnScratch* s, int64_t r
   for (int64_t i = 0; i < a->neighbors; i += W) {
     const vf x = vload(w + i);
     low = vmin(x, low);
-    poison = vfma(vmin(largest, x), zero, poison);  // NaN for NaN and -inf, which +inf is not
+    poison = vfma(vat_most(largest, x), zero, poison);  // NaN for NaN and -inf, which +inf is not
   }
   if (vhsum(poison) != 0.0f)
     for (int64_t i = 0;; ++i)

@@ -2,57 +2,6 @@
 // how a row is split. Included inside an anonymous namespace.
 #pragma once
 
-// W elements in order (load2 of vec_io.h is free to permute them).
-MDK_INLINE vf load1(const float* p) { return vload(p); }
-#if defined(MDK_ISA_AVX512)
-MDK_INLINE vf load1(const bf16_t* p) {
-  // Word i of the input becomes the upper half of lane i: one permutation.
-  const __m512i order = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0, 7, 0,
-                                         6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
-  const __m512i x = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)p));
-  return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, order, x));
-}
-MDK_INLINE vf load1(const f16_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
-}
-MDK_INLINE void vstream(float* p, vf x) { _mm512_stream_ps(p, x); }
-MDK_INLINE void stream_fence() { _mm_sfence(); }
-MDK_INLINE uint32_t vmask_ge(vf a, vf b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
-// sum + x in the lanes where a >= b, else sum
-MDK_INLINE vf vadd_where_ge(vf a, vf b, vf sum, vf x) {
-  return _mm512_mask_add_ps(sum, _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ), sum, x);
-}
-#elif defined(MDK_ISA_AVX2)
-MDK_INLINE vf load1(const bf16_t* p) {
-  const __m256i x = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
-}
-MDK_INLINE vf load1(const f16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-MDK_INLINE void vstream(float* p, vf x) { _mm256_stream_ps(p, x); }
-MDK_INLINE void stream_fence() { _mm_sfence(); }
-MDK_INLINE uint32_t vmask_ge(vf a, vf b) {
-  return (uint32_t)_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ));
-}
-MDK_INLINE vf vadd_where_ge(vf a, vf b, vf sum, vf x) {
-  return sum + _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ), x);
-}
-#else
-template <class T>
-MDK_INLINE vf load1(const T* p) {
-  float s[W];
-  for (int i = 0; i < W; ++i) s[i] = to_float(p[i]);
-  return vload(s);
-}
-MDK_INLINE void vstream(float* p, vf x) { vstore(p, x); }
-MDK_INLINE void stream_fence() {}
-MDK_INLINE uint32_t vmask_ge(vf a, vf b) {
-  uint32_t mask = 0;
-  for (int i = 0; i < W; ++i) mask |= (uint32_t)(a[i] >= b[i]) << i;
-  return mask;
-}
-MDK_INLINE vf vadd_where_ge(vf a, vf b, vf sum, vf x) { return sum + (vf)((vi)(a >= b) & (vi)x); }
-#endif
-
 // Vectors that advance in step through a long chain of dependent operations. Without AVX-512 a
 // chain has more operations than the scheduler holds, so they must come in the order in which they
 // can run, and registers that spill cost less than waiting: the mixture of two rows in cache

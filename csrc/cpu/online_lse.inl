@@ -24,12 +24,6 @@ MDK_INLINE void prefetch_ahead(const T* x, int64_t elements) {
     __builtin_prefetch(line + i, 0, 3);
 }
 
-#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
-constexpr bool kFused = true;  // vfma rounds once
-#else
-constexpr bool kFused = false;
-#endif
-
 // Exponentials that advance in step, see kInStep of mix_common.inl.
 #if defined(MDK_ISA_AVX512)
 constexpr int kSumsInStep = 1;
@@ -45,7 +39,7 @@ struct Exponent {
   // 2^t at the reference, as the kernels compute it: what the rounding of the origin makes of 1. A
   // row that one logit dominates ends with exactly that logit as its log-sum-exp.
   double unit;
-#if defined(MDK_ISA_AVX2)
+#if defined(MDK_INTEGER_ORIGIN)
   vf lowest, rounder;  // the logit at which t is -127, and kRounder - origin
 #endif
 
@@ -55,7 +49,7 @@ struct Exponent {
     // Far beyond any logit, and for the stand-in of an empty row, the rounding alone, 2^-24 of the
     // origin, could carry a result out of range.
     in_range = fabsf(origin) < 1e6f;
-#if defined(MDK_ISA_AVX2)
+#if defined(MDK_INTEGER_ORIGIN)
     if (in_range) origin = rintf(origin);
     lowest = vset((origin - 127.0f) / k);
     rounder = vset(kRounder - origin);
@@ -75,11 +69,11 @@ struct Exponent {
   MDK_INLINE void split(vf* x, vf* f, vf* n) const {
     // Fused: one operation, one rounding. Otherwise the subtraction comes first: it is nearly
     // exact, where a product of logits around 1e4 would lose digits.
-#if defined(MDK_ISA_AVX2)
+#if defined(MDK_INTEGER_ORIGIN)
     if (fused) {
       // With an origin that is an integer, a second product gives the integer part, and it need not
-      // wait for the first. The order of the arguments of vmax keeps NaN.
-      for (int u = 0; u < U; ++u) x[u] = vmax(lowest, x[u]);
+      // wait for the first.
+      for (int u = 0; u < U; ++u) x[u] = vat_least(lowest, x[u]);
       for (int u = 0; u < U; ++u) n[u] = vfma(x[u], slope, rounder);
       for (int u = 0; u < U; ++u) f[u] = vfma(x[u], slope, minus_origin);
       for (int u = 0; u < U; ++u) x[u] = n[u] - vset(kRounder);

@@ -1,9 +1,17 @@
 // Rows over threads. torch's thread count comes in as an argument; the OpenMP runtime is the one
-// torch has loaded (same soname), so the two never oversubscribe the cores.
+// torch has loaded (same soname), so the two never oversubscribe the cores. Built without OpenMP
+// everything runs on the calling thread.
 #pragma once
 #include <cstdint>
 
+#ifdef _OPENMP
 #include <omp.h>
+constexpr bool mdk_has_openmp = true;
+#else
+constexpr bool mdk_has_openmp = false;
+inline int omp_get_thread_num() { return 0; }
+inline int omp_get_num_threads() { return 1; }
+#endif
 
 namespace mdk {
 
@@ -12,7 +20,7 @@ namespace mdk {
 bool after_fork();
 
 inline int usable_threads(int64_t work_items, int requested) {
-  if (after_fork() || requested < 1) return 1;
+  if (!mdk_has_openmp || after_fork() || requested < 1) return 1;
   const int64_t threads = work_items < requested ? work_items : requested;
   return threads < 1 ? 1 : static_cast<int>(threads);
 }

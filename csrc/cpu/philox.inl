@@ -101,6 +101,61 @@ struct PhiloxStream {
   }
 };
 
+#elif defined(MDK_ISA_NEON)
+
+struct PhiloxStream {
+  uint32_t key[2], offset[2], words;
+
+  PhiloxStream(uint64_t seed, uint64_t position, uint32_t stream)
+      : key{(uint32_t)seed, (uint32_t)(seed >> 32)},
+        offset{(uint32_t)position, (uint32_t)(position >> 32)},
+        words(stream) {}
+
+  // A lane is a block, and a set of four blocks the words of 16 tokens.
+  template <int U>
+  MDK_INLINE void high24(int64_t token, vf* out) const {
+    static_assert(U % 2 == 0, "in sets of four blocks");
+    constexpr int S = U / 2;
+    uint32x4_t c[S][4];
+    const uint32x4_t lane = {0, 1, 2, 3};
+    for (int s = 0; s < S; ++s) {
+      c[s][0] = vaddq_u32(vdupq_n_u32((uint32_t)(token >> 2) + 4 * s), lane);
+      c[s][1] = vdupq_n_u32(words);
+      c[s][2] = vdupq_n_u32(offset[0]);
+      c[s][3] = vdupq_n_u32(offset[1]);
+    }
+    uint32_t k0 = key[0], k1 = key[1];
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      for (int s = 0; s < S; ++s) {
+        uint32x4_t low0, high0, low1, high1;
+        multiply(c[s][0], kPhiloxM0, &low0, &high0);
+        multiply(c[s][2], kPhiloxM1, &low1, &high1);
+        c[s][0] = veorq_u32(veorq_u32(high1, c[s][1]), vdupq_n_u32(k0));
+        c[s][2] = veorq_u32(veorq_u32(high0, c[s][3]), vdupq_n_u32(k1));
+        c[s][1] = low1;
+        c[s][3] = low0;
+      }
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    for (int s = 0; s < S; ++s) {
+      float32x4x4_t word;
+      for (int i = 0; i < 4; ++i) word.val[i] = vcvtq_f32_u32(vshrq_n_u32(c[s][i], 8));
+      float tokens[4 * W];
+      vst4q_f32(tokens, word);  // interleaves the words of a block
+      for (int i = 0; i < 4; ++i) out[4 * s + i] = vload(tokens + i * W);
+    }
+  }
+
+ private:
+  static MDK_INLINE void multiply(uint32x4_t a, uint32_t b, uint32x4_t* low, uint32x4_t* high) {
+    const uint32x4_t p = vreinterpretq_u32_u64(vmull_n_u32(vget_low_u32(a), b));
+    const uint32x4_t q = vreinterpretq_u32_u64(vmull_high_n_u32(a, b));
+    *low = vuzp1q_u32(p, q);
+    *high = vuzp2q_u32(p, q);
+  }
+};
+
 #else
 
 struct PhiloxStream {

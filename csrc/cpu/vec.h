@@ -12,6 +12,8 @@
 
 #if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
 #include <immintrin.h>
+#elif defined(MDK_ISA_NEON)
+#include <arm_neon.h>
 #endif
 
 #define MDK_INLINE inline __attribute__((always_inline))
@@ -34,68 +36,52 @@ constexpr float kExp2C0 = 1.0f, kExp2C1 = 0.6931470036506653f, kExp2C2 = 0.24022
                 kExp2C5 = 0.0013269530609250069f;
 #endif
 
+// Element types: bits as stored. A pair of vectors is loaded at a time; the order of lanes within a
+// pair is free as long as load2 and store2 agree.
+struct bf16_t {
+  uint16_t bits;
+};
+struct f16_t {
+  uint16_t bits;
+};
+
+MDK_INLINE float to_float(float x) { return x; }
+MDK_INLINE float to_float(bf16_t x) {
+  const uint32_t bits = (uint32_t)x.bits << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+MDK_INLINE void from_float(float x, float* out) { *out = x; }
+MDK_INLINE void from_float(float x, bf16_t* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffff) > 0x7f800000) {
+    out->bits = (uint16_t)(bits >> 16 | 0x40);  // quiet NaN: rounding could carry it into infinity
+  } else {
+    out->bits = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+}
+
+// Each of these defines W, vf and what works on them, and the loads and stores of 16-bit elements.
+//   kFused               vfma rounds once
+//   vmax, vmin           a NaN in `a` gives b
+//   vat_least, vat_most  a NaN in `x` stays
+//   vmask_ge             bit i is set where a[i] >= b[i]
+//   vadd_where_ge        sum + x in the lanes where a >= b, else sum
+//   load2, store2        2 W elements as two vectors, see vec_io.h
+//   load1                W elements in order
+//   vstream              a store past the caches, made visible by stream_fence
 #if defined(MDK_ISA_AVX512)
-
-typedef __m512 vf;
-typedef __m512i vi;
-constexpr int W = 16;
-MDK_INLINE vf vset(float x) { return _mm512_set1_ps(x); }
-MDK_INLINE vf vload(const float* p) { return _mm512_loadu_ps(p); }
-MDK_INLINE void vstore(float* p, vf x) { _mm512_storeu_ps(p, x); }
-MDK_INLINE vf vfma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
-MDK_INLINE vf vmax(vf a, vf b) { return _mm512_max_ps(a, b); }  // NaN in either: returns b
-MDK_INLINE vf vmin(vf a, vf b) { return _mm512_min_ps(a, b); }
-MDK_INLINE float vhsum(vf x) { return _mm512_reduce_add_ps(x); }
-MDK_INLINE float vhmax(vf x) { return _mm512_reduce_max_ps(x); }
-// t = floor(t) + f. vscalef takes the floor itself, saturates and underflows as 2^t would, and
-// keeps NaN.
-MDK_INLINE void vsplit_exponent(vf t, vf* f, vf* n) {
-  *f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  *n = t;
-}
-MDK_INLINE vf vldexp(vf y, vf n) { return _mm512_scalef_ps(y, n); }
-// x = mantissa * 2^exponent, mantissa in [sqrt(1/2), sqrt(2)). x positive.
-MDK_INLINE void vsplit(vf x, vf* mantissa, vf* exponent) {
-  const vf m = _mm512_getmant_ps(x, _MM_MANT_NORM_1_2, _MM_MANT_SIGN_src);
-  const vf e = _mm512_getexp_ps(x);
-  const __mmask16 high = _mm512_cmp_ps_mask(m, vset(1.41421356f), _CMP_GT_OQ);
-  *mantissa = _mm512_mask_mul_ps(m, high, m, vset(0.5f));
-  *exponent = _mm512_mask_add_ps(e, high, e, vset(1.0f));
-}
-
+#include "vec_avx512.h"
 #elif defined(MDK_ISA_AVX2)
-
-typedef __m256 vf;
-typedef __m256i vi;
-constexpr int W = 8;
-MDK_INLINE vf vset(float x) { return _mm256_set1_ps(x); }
-MDK_INLINE vf vload(const float* p) { return _mm256_loadu_ps(p); }
-MDK_INLINE void vstore(float* p, vf x) { _mm256_storeu_ps(p, x); }
-MDK_INLINE vf vfma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
-MDK_INLINE vf vmax(vf a, vf b) { return _mm256_max_ps(a, b); }
-MDK_INLINE vf vmin(vf a, vf b) { return _mm256_min_ps(a, b); }
-MDK_INLINE vf vshift_to_exponent(vf x) {
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
-}
-
+#include "vec_avx2.h"
+#elif defined(MDK_ISA_NEON)
+#include "vec_neon.h"
 #else
-
-constexpr int W = 4;
-typedef float vf __attribute__((vector_size(16)));
-typedef int32_t vi __attribute__((vector_size(16)));
-MDK_INLINE vf vset(float x) { return vf{x, x, x, x}; }
-MDK_INLINE vf vload(const float* p) {
-  vf x;
-  memcpy(&x, p, sizeof x);
-  return x;
-}
-MDK_INLINE void vstore(float* p, vf x) { memcpy(p, &x, sizeof x); }
-MDK_INLINE vf vfma(vf a, vf b, vf c) { return a * b + c; }
-MDK_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
-MDK_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
-MDK_INLINE vf vshift_to_exponent(vf x) { return (vf)((vi)x << 23); }
-
+#include "vec_generic.h"
 #endif
+MDK_INLINE vf load1(const float* p) { return vload(p); }
 
 #if !defined(MDK_ISA_AVX512)
 MDK_INLINE float vhsum(vf x) {
@@ -115,10 +101,10 @@ MDK_INLINE float vhmax(vf x) {
 // a float, in the low bits of the sum.
 constexpr float kRounder = 12582912.0f + 127.0f;
 // t = f + integer for t < 128; `n` holds the integer as the sum with kRounder. Below -126.5 the
-// exponent field becomes 0, so that vldexp gives 0: a subnormal probability changes nothing. The
-// order of the arguments of vmax keeps NaN.
+// exponent field becomes 0, so that vldexp gives 0: a subnormal probability changes nothing. NaN
+// stays.
 MDK_INLINE void vsplit_exponent(vf t, vf* f, vf* n) {
-  const vf c = vmax(vset(-127.0f), t);
+  const vf c = vat_least(vset(-127.0f), t);
   *n = c + vset(kRounder);
   *f = c - (*n - vset(kRounder));
 }
@@ -162,80 +148,6 @@ MDK_INLINE vf vexp2_scaled(vf t, vf scale) {
   vsplit_exponent(t, &f, &n);
   vexp2_fractions<1>(&f, &y);
   return vldexp(y * scale, n);
-}
-
-// Element types: bits as stored. A pair of vectors is loaded at a time; the order of lanes within a
-// pair is free as long as load2 and store2 agree.
-struct bf16_t {
-  uint16_t bits;
-};
-struct f16_t {
-  uint16_t bits;
-};
-
-MDK_INLINE float to_float(float x) { return x; }
-MDK_INLINE float to_float(bf16_t x) {
-  const uint32_t bits = (uint32_t)x.bits << 16;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
-}
-MDK_INLINE float to_float(f16_t h) {
-#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
-  return _cvtsh_ss(h.bits);
-#else
-  const uint32_t sign = (uint32_t)(h.bits & 0x8000) << 16, magnitude = h.bits & 0x7fff;
-  uint32_t bits;
-  if (magnitude >= 0x7c00) {
-    bits = 0x7f800000u | (magnitude & 0x3ff) << 13;
-  } else {
-    // Place the half's bits in a float's fields and rescale: exact, subnormals included.
-    const uint32_t shifted = magnitude << 13;
-    float y;
-    memcpy(&y, &shifted, 4);
-    y *= 0x1p112f;
-    memcpy(&bits, &y, 4);
-  }
-  bits |= sign;
-  float y;
-  memcpy(&y, &bits, 4);
-  return y;
-#endif
-}
-MDK_INLINE void from_float(float x, float* out) { *out = x; }
-MDK_INLINE void from_float(float x, bf16_t* out) {
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffff) > 0x7f800000) {
-    out->bits = (uint16_t)(bits >> 16 | 0x40);  // quiet NaN: rounding could carry it into infinity
-  } else {
-    out->bits = (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-  }
-}
-MDK_INLINE void from_float(float x, f16_t* out) {
-#if defined(MDK_ISA_AVX512) || defined(MDK_ISA_AVX2)
-  out->bits = _cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  uint32_t bits;
-  memcpy(&bits, &x, 4);
-  const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
-  const uint32_t magnitude = bits & 0x7fffffff;
-  if (magnitude > 0x7f800000) {
-    out->bits = sign | 0x7e00;
-  } else if (magnitude >= 0x477ff000) {  // rounds to 65536 or more
-    out->bits = sign | 0x7c00;
-  } else if (magnitude < 0x38800000) {  // subnormal half: let the adder round at 2^-24
-    float y;
-    memcpy(&y, &magnitude, 4);
-    y += 0.5f;
-    uint32_t rounded;
-    memcpy(&rounded, &y, 4);
-    out->bits = sign | (uint16_t)(rounded - 0x3f000000);
-  } else {
-    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
-    out->bits = sign | (uint16_t)((rounded - 0x38000000) >> 13);
-  }
-#endif
 }
 
 #include "vec_io.h"

@@ -43,13 +43,18 @@ def docstrings(source: bytes) -> list[str]:
     return found
 
 
+def _usable_cpus() -> int:
+    # macOS has no affinities.
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def parse_files(paths: list[Path], processes: int | None = None) -> dict[Path, list[str]]:
     """Docstrings of each file, in the order of `paths`; files without any are left out.
 
     Unreadable and unparsable files count as files without docstrings: packages ship templates and
     sources for other Python versions. `processes` defaults to the CPUs this process may use.
     """
-    processes = processes or len(os.sched_getaffinity(0))
+    processes = processes or _usable_cpus()
     shares: list[list[Path]] = [[] for _ in range(max(1, min(processes, len(paths))))]
     loads = [0] * len(shares)
     for path in sorted(paths, key=lambda path: -path.stat().st_size):

@@ -37,7 +37,7 @@ def _cpu() -> list[str]:
         isa = f"none: {error}"
     return [
         *lines,
-        f"CPU kernels   {isa}",
+        f"CPU kernels   {isa}{'' if module.openmp else ', built without OpenMP: on one thread'}",
         f"  compiled    {', '.join(module.compiled_isas())}",
         f"  runnable    {', '.join(module.supported_isas())}",
     ]
