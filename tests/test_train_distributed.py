@@ -10,7 +10,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from pipeline_fixtures import tiny_model
-from train_fixtures import BLOCK, STRIDE, config, make_corpus, make_targets, same, steps, weights
+from train_fixtures import (
+    BLOCK,
+    STRIDE,
+    config,
+    make_corpus,
+    make_targets,
+    needs_peft,
+    same,
+    steps,
+    weights,
+)
 from train_processes import FAMILY, SHARED
 from transformers import AutoModelForCausalLM
 
@@ -114,6 +124,7 @@ def test_early_stop_under_fsdp2_keeps_the_best_step(found):
     assert evaluations[1] == pytest.approx(logits.mean().item(), rel=1e-4)
 
 
+@needs_peft
 def test_adapters_under_fsdp2_are_merged_into_a_plain_model(found, data, tmp_path):
     changes = SHARED | {
         "batch_size": 4,

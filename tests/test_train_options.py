@@ -10,7 +10,7 @@ import pytest
 import torch
 from pipeline_fixtures import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_fixtures import Stop, config, make_data, same, steps, weights
+from train_fixtures import Stop, config, make_data, needs_peft, same, steps, weights
 from transformers import AutoModelForCausalLM
 
 from mdkernels import cli
@@ -52,7 +52,7 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("lora", [None, 2])
+@pytest.mark.parametrize("lora", [None, pytest.param(2, marks=needs_peft)])
 def test_resume_is_exact_under_everything_at_once(data, tmp_path, lora):
     options = (
         HARD
@@ -126,6 +126,7 @@ def test_no_operator_of_a_step_reads_a_value_back(data, tmp_path, monkeypatch, f
 # --- adapters
 
 
+@needs_peft
 @pytest.mark.parametrize("family", ["gpt2", "qwen2"])
 def test_adapters_train_alone_and_end_merged_in_a_plain_directory(data, tmp_path, family):
     before = weights(tiny_model(family, seed=3))
@@ -152,6 +153,7 @@ def test_adapters_train_alone_and_end_merged_in_a_plain_directory(data, tmp_path
     assert "model.safetensors" not in found
 
 
+@needs_peft
 def test_adapter_on_chosen_layers_and_refusals(data, tmp_path, monkeypatch):
     result = train(
         config(data, tmp_path / "out", lora=2, lora_targets=["q_proj"], lr=1e-2, lora_alpha=8)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+
+import pytest
 from pipeline_fixtures import tiny_documents, tiny_model, tiny_tokenizer
 
 from mdkernels.corpus import build_corpus
@@ -11,6 +14,9 @@ from mdkernels.targets import build_targets
 from mdkernels.train import TrainConfig
 
 BLOCK, STRIDE = 32, 16
+needs_peft = pytest.mark.skipif(
+    importlib.util.find_spec("peft") is None, reason="peft is not installed (the lora extra)"
+)
 
 
 def make_corpus(path, count=12, seed=0):

@@ -2,6 +2,7 @@
 that two processes are tested with, and what came out of it."""
 
 import dataclasses
+import importlib.util
 import os
 import signal
 import sys
@@ -113,7 +114,8 @@ def cases(rank: int, data, out: Path) -> dict:
     options = {"eval_every": 2, "patience": 1, "save_every": None}
     found["best"] = train(settings("best", "fsdp2", **options), on_eval=best_at_four)
     found["best-seen"] = seen
-    found["lora"] = train(settings("lora", "fsdp2", lora=2, lr=1e-2))
+    if importlib.util.find_spec("peft"):
+        found["lora"] = train(settings("lora", "fsdp2", lora=2, lr=1e-2))
     found["nan"] = message(
         lambda: train(settings("nan", "ddp", save_every=1, eval_every=2), on_eval=poison)
     )
