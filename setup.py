@@ -1,6 +1,7 @@
 """Build the torch-free native extensions with CMake and place every .so in the package.
 
-Environment: MDK_CUDA=AUTO|ON|OFF, MDK_CUDA_ARCHS, MDK_SANITIZE=1, MAX_JOBS, CUDACXX, CUDA_HOME.
+Environment: MDK_CUDA=AUTO|ON|OFF, MDK_CUDA_ARCHS, MDK_OPENMP=ON|OFF, MDK_SANITIZE=1, MAX_JOBS,
+CUDACXX, CUDA_HOME.
 The build imports neither torch nor CUDA Python packages, so one wheel serves every torch.
 """
 
@@ -16,6 +17,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "mdkernels"
+# What CMake reads in the first configuration of a stage only.
+SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "MDK_CUDA_ARCHS", "MDK_OPENMP")
 
 
 def find_nvcc() -> str | None:
@@ -77,7 +80,8 @@ class CMakeBuild(build_ext):
         ninja = shutil.which("ninja")
         # An isolated build has pybind11, cmake and ninja in a place of its own each time. They are
         # named on every call, so that the stage can stay.
-        key = f"{ROOT}|{sys.executable}|{nvcc if cuda else None}|{ninja is None}"
+        settings = [os.environ.get(name) for name in SETTINGS]
+        key = f"{ROOT}|{sys.executable}|{nvcc if cuda else None}|{ninja is None}|{settings}"
         stamp = self.stage / "mdk-stage-key"
         if self.stage.exists() and (not stamp.exists() or stamp.read_text() != key):
             shutil.rmtree(self.stage)
@@ -91,6 +95,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-DMDK_BUILD_CUDA={'ON' if cuda else 'OFF'}",
             f"-DMDK_SANITIZE={'ON' if sanitize else 'OFF'}",
+            f"-DMDK_OPENMP={os.environ.get('MDK_OPENMP', 'ON')}",
         ]
         if cuda:
             command += [f"-DCMAKE_CUDA_COMPILER={nvcc}"]

@@ -170,7 +170,7 @@ def test_the_short_demo_judges_only_the_gain_over_the_base():
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_short_demo_end_to_end_and_again(tmp_path, capsys, monkeypatch):
-    # CI runs the short demo itself, besides; here half of its steps do.
+    # CI runs the short demo itself, besides; here a third of its steps do.
     few = dataclasses.replace(SHORT, base_steps=80, epochs=2, min_gain=0.0)
     monkeypatch.setattr(main, "SHORT", few)
     results = run(tmp_path, short=True)

@@ -137,7 +137,7 @@ MDK_INLINE int64_t take_tokens(int32_t* tokens, float* weights, int64_t n, const
     vf sum[kTaken] = {vset(0.0f), vset(0.0f), vset(0.0f), vset(0.0f)};
     int64_t i = begin;
     for (; i + W <= end; i += W) {
-      request_values(requests, 3 * W / 16);
+      request_values(requests, W < 8 ? 1 : 3 * W / 16);
       left = take_vector(tokens, weights, i, left, first_lanes(W), key, sum);
     }
     if (i < end) left = take_vector(tokens, weights, i, left, first_lanes(end - i), key, sum);

@@ -65,7 +65,7 @@ MDK_INLINE void from_float(float x, bf16_t* out) {
 
 // Each of these defines W, vf and what works on them, and the loads and stores of 16-bit elements.
 //   kFused               vfma rounds once
-//   vmax, vmin           a NaN in `a` gives b
+//   vmax, vmin           a quiet NaN in `a` gives b
 //   vat_least, vat_most  a NaN in `x` stays
 //   vmask_ge             bit i is set where a[i] >= b[i]
 //   vadd_where_ge        sum + x in the lanes where a >= b, else sum
