@@ -18,7 +18,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 PACKAGE = "mdkernels"
 # What CMake reads in the first configuration of a stage only.
-SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "MDK_CUDA_ARCHS", "MDK_OPENMP")
+SETTINGS = (
+    "CXX",
+    "CXXFLAGS",
+    "LDFLAGS",
+    "CUDAFLAGS",
+    "CUDAHOSTCXX",
+    "MDK_CUDA_ARCHS",
+    "MDK_OPENMP",
+)
 
 
 def find_nvcc() -> str | None:
