@@ -18,7 +18,7 @@ trap 'rm -rf "$logs"' EXIT
 # shellcheck disable=SC2086  # one word per file
 sh "$here/cuda_host.sh" "$python" thread $hosts \
   -k "test_loss or test_logprobs or last_threads or test_mix_and_argmax or matches_the_loop or 1024 \
-or (test_draws and 301 and (min_p or not top_)) or test_verification" >"$logs/thread" 2>&1 &
+or (test_draws and 301) or test_verification" >"$logs/thread" 2>&1 &
 races=$!
 sh "$here/cuda_host.sh" "$python" address tests/test_mix_cuda_host.py \
   tests/test_plain_mixture.py -k "mix_cuda_host or (no_bit_depends and cuda and 0.3)" >"$logs/mix" 2>&1 &
