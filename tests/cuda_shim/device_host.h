@@ -39,15 +39,20 @@ T* cluster_shared(T* mine, int rank) {
   return reinterpret_cast<T*>(shim::self->block->cluster->blocks[rank]->shared + offset);
 }
 
-// Value of another lane, through one slot per lane between two barriers.
+// Every lane's value, through one slot per lane and a barrier. A lane that is ahead writes the
+// other half of the slots, and comes back to this half when all have read it.
+inline uint64_t* exchange(uint64_t mine) {
+  auto* slots = shim::self->warp->slots[shim::self->exchanges++ % 2];
+  slots[lane_index()] = mine;
+  warp_sync();
+  return slots;
+}
 template <class T>
 T shuffle(T value, int lane) {
   static_assert(sizeof(T) <= sizeof(uint64_t));
-  auto* slots = shim::self->warp->slots;
-  std::memcpy(slots + lane_index(), &value, sizeof(T));
-  warp_sync();
-  std::memcpy(&value, slots + (lane & 31), sizeof(T));
-  warp_sync();
+  uint64_t mine = 0;
+  std::memcpy(&mine, &value, sizeof(T));
+  std::memcpy(&value, exchange(mine) + (lane & 31), sizeof(T));
   return value;
 }
 template <class T>
@@ -60,12 +65,9 @@ T shuffle_up(T value, int delta) {
   return shuffle(value, lane < 0 ? lane_index() : lane);
 }
 inline unsigned ballot(bool set) {
-  auto* slots = shim::self->warp->slots;
-  slots[lane_index()] = set;
-  warp_sync();
+  const auto* slots = exchange(set);
   unsigned word = 0;
   for (int lane = 0; lane < kWarp; ++lane) word |= static_cast<unsigned>(slots[lane]) << lane;
-  warp_sync();
   return word;
 }
 inline int count_bits(unsigned word) { return __builtin_popcount(word); }

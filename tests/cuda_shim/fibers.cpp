@@ -1,6 +1,7 @@
 #include "fibers.h"
 
 #include <sys/mman.h>
+#include <ucontext.h>
 
 #include <cstdlib>
 #include <cstring>
@@ -32,7 +33,7 @@ namespace {
 constexpr size_t kStack = 256 * 1024;
 constexpr unsigned kNoOrder = 1;  // a switch itself orders nothing
 
-ucontext_t scheduler;
+void* scheduler[5];
 void* scheduler_tsan;
 const void* scheduler_stack;
 size_t scheduler_stack_size;
@@ -52,18 +53,36 @@ void release([[maybe_unused]] char* what) {
 #endif
 }
 
+// A switch costs some ten instructions: swapcontext would make two system calls of every one.
+[[noreturn, gnu::noinline]] void resume(void** context) { __builtin_longjmp(context, 1); }
+[[gnu::noinline]] void exchange(void** mine, void** theirs) {
+  if (__builtin_setjmp(mine) == 0) resume(theirs);
+}
+
 void to_scheduler(Fiber* fiber) {
 #if defined(__SANITIZE_ADDRESS__)
-  __sanitizer_start_switch_fiber(fiber->finished ? nullptr : &fiber->asan_stack, scheduler_stack,
-                                 scheduler_stack_size);
+  __sanitizer_start_switch_fiber(&fiber->asan_stack, scheduler_stack, scheduler_stack_size);
 #endif
 #if defined(MDK_SHIM_TSAN)
   __tsan_switch_to_fiber(scheduler_tsan, kNoOrder);
 #endif
-  swapcontext(&fiber->context, &scheduler);
+  exchange(fiber->context, scheduler);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fiber->asan_stack, &scheduler_stack, &scheduler_stack_size);
 #endif
+}
+
+void fiber_main();
+
+// A fiber that is new, or was left inside a kernel whose threads wait for ever, starts afresh.
+[[gnu::noinline]] void start(Fiber* fiber) {
+  ucontext_t fresh;
+  getcontext(&fresh);
+  fresh.uc_stack.ss_sp = fiber->stack;
+  fresh.uc_stack.ss_size = kStack;
+  fresh.uc_link = nullptr;
+  makecontext(&fresh, fiber_main, 0);
+  if (__builtin_setjmp(scheduler) == 0) setcontext(&fresh);
 }
 
 void to_fiber(Fiber* fiber) {
@@ -75,7 +94,10 @@ void to_fiber(Fiber* fiber) {
 #if defined(MDK_SHIM_TSAN)
   __tsan_switch_to_fiber(fiber->tsan_fiber, kNoOrder);
 #endif
-  swapcontext(&scheduler, &fiber->context);
+  if (fiber->starts)
+    start(fiber);
+  else
+    exchange(scheduler, fiber->context);
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(mine, nullptr, nullptr);
 #endif
@@ -86,11 +108,14 @@ void fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
 #endif
-  acquire(&start_order);
-  (*current_kernel)();
-  release(&end_order);
-  fiber->finished = true;
-  to_scheduler(fiber);
+  fiber->starts = false;
+  for (;;) {
+    acquire(&start_order);
+    (*current_kernel)();
+    release(&end_order);
+    fiber->finished = true;
+    to_scheduler(fiber);
+  }
 }
 
 Fiber* fiber(size_t index) {
@@ -100,6 +125,7 @@ Fiber* fiber(size_t index) {
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (stack == MAP_FAILED) throw std::runtime_error("no memory for a fiber");
     made->stack = static_cast<char*>(stack);
+    made->finished = made->starts = true;
 #if defined(MDK_SHIM_TSAN)
     made->tsan_fiber = __tsan_create_fiber(0);
 #endif
@@ -113,14 +139,11 @@ void prepare(Fiber* f, Block* block, int thread) {
   f->block = block;
   f->warp = &block->warps[static_cast<size_t>(thread / 32)];
   f->copies.clear();
-  f->groups = 0;
+  f->groups = f->exchanges = 0;
+  f->starts |= !f->finished;  // left inside a kernel
+  f->arrived = false;
   f->finished = false;
   f->waits_at = nullptr;
-  getcontext(&f->context);
-  f->context.uc_stack.ss_sp = f->stack;
-  f->context.uc_stack.ss_size = kStack;
-  f->context.uc_link = nullptr;
-  makecontext(&f->context, fiber_main, 0);
 }
 
 [[noreturn]] void stuck(const std::vector<Fiber*>& fibers) {
@@ -203,6 +226,7 @@ void run_grid(int64_t blocks, int cluster_size, int threads, size_t shared_bytes
       block->rank = rank;
       block->threads = threads;
       block->shared = static_cast<char*>(shared);
+      block->shared_bytes = shared_bytes;
       block->barrier.size = threads;
       block->warps.resize(static_cast<size_t>(threads / 32));
       for (Warp& warp : block->warps) warp.barrier.size = 32;

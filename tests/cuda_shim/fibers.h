@@ -7,8 +7,6 @@
 // The blocks of a cluster run together, clusters one after the other. Every block has a shared
 // memory of exactly the bytes asked for, full of NaN.
 #pragma once
-#include <ucontext.h>
-
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -25,7 +23,7 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  uint64_t slots[32];
+  uint64_t slots[2][32];  // what shuffles exchange, in turns
 };
 
 struct Cluster;
@@ -34,6 +32,7 @@ struct Block {
   int64_t index, grid_blocks;
   int rank, threads;
   char* shared;
+  size_t shared_bytes;
   Barrier barrier;
   std::vector<Warp> warps;
   Cluster* cluster;
@@ -57,10 +56,13 @@ struct Fiber {
   Warp* warp;
   std::vector<Copy> copies;
   int groups;
+  int exchanges;
+  bool arrived;  // at the cluster's barrier, and has not waited there (tests/ptx)
   bool finished;
   const Barrier* waits_at;  // until its generation is no longer this one
   unsigned generation;
-  ucontext_t context;
+  bool starts;       // has no context yet
+  void* context[5];  // of __builtin_setjmp
   char* stack;
   void* asan_stack;
   void* tsan_fiber;
