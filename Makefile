@@ -1,12 +1,12 @@
-# make demo | test | test-triton | test-cuda-host | lint | sanitize | bench
+# make demo | test | test-triton | test-cuda-host | test-ptx | lint | sanitize | bench
 # All of them create .venv if it is not there. Not so, and without network, see CONTRIBUTING.md:
 # make gpu                    on a machine with an NVIDIA GPU
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-NATIVE := $(wildcard csrc/*/*.* tests/cuda_shim/*.*)
+NATIVE := $(wildcard csrc/*/*.* tests/cuda_shim/*.* tests/ptx/*.h tests/ptx/*.cpp)
 
-.PHONY: demo test test-triton test-cuda-host lint format sanitize bench gpu clean
+.PHONY: demo test test-triton test-cuda-host test-ptx lint format sanitize bench gpu clean
 
 SOURCES := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*/*)
 
@@ -60,6 +60,10 @@ sanitize: $(VENV)/stamp-dev
 # The CUDA kernels, compiled for the host: needs neither a GPU nor a CUDA toolkit.
 test-cuda-host: $(VENV)/stamp-dev
 	sh tests/cuda_lane.sh $(BIN)/python
+
+# What nvcc and Triton made of the kernels (their PTX), translated for the host.
+test-ptx: $(VENV)/stamp-dev
+	sh tests/ptx/lane.sh $(BIN)/python
 
 bench: $(VENV)/stamp-dev
 	$(BIN)/python bench/run.py --suite full

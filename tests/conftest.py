@@ -5,7 +5,7 @@ import os
 import cuda_host
 import pytest
 import torch
-from helpers import variants
+from helpers import PTX_TRITON, variants
 from hypothesis import HealthCheck, settings
 
 from mdkernels.ops import dispatch, native
@@ -30,6 +30,10 @@ torch.set_num_threads(1)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if cuda_host.PATH:
     cuda_host.install()
+if PTX_TRITON:
+    from ptx import triton_host
+
+    triton_host.install()
 
 
 def pytest_generate_tests(metafunc):

@@ -3,15 +3,18 @@
 With MDK_CUDA_SHIM=<path of the extension built by tests/cuda_host.sh>, `install` makes it the
 extension of the backend "cuda", which then takes CPU tensors. The launchers, the dispatch and the
 operator tests run unchanged, on blocks of 64 threads: what a block costs here is its threads. The
-launch tables' own choices are the subject of test_cuda_host.py.
+launch tables' own choices are the subject of test_cuda_host.py. An extension of tests/ptx/build.py
+runs what nvcc made of the kernels, by the launch tables.
 """
 
 import importlib.util
 import os
+from pathlib import Path
 
 from mdkernels.ops import dispatch, native
 
 PATH = os.environ.get("MDK_CUDA_SHIM", "")
+FROM_PTX = Path(PATH).parent.name == "ptx"
 
 
 def install() -> None:
@@ -31,7 +34,8 @@ def install() -> None:
     from mdkernels.ops.sparse_kl import cuda_kernels as sparse_kl
     from mdkernels.ops.token_logprobs import cuda_kernels as token_logprobs
 
-    sparse_kl.LAUNCH, token_logprobs.LAUNCH = (64, 0, 0), (64, 0)
+    if not FROM_PTX:
+        sparse_kl.LAUNCH, token_logprobs.LAUNCH = (64, 0, 0), (64, 0)
     native.load = load_shim
     native.gpu = lambda tensor: 0
     native.stream = lambda tensor: (0, 0)

@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from mdkernels import BackendUnavailable, SparseTargets, backends
 from mdkernels.ops import dispatch, native
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+PTX_TRITON = os.environ.get("MDK_PTX_TRITON") == "1"  # see ptx/triton_host.py
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IGNORE = -100
 U32 = 2.0**-24  # unit roundoff of fp32
@@ -52,7 +54,7 @@ class Variant:
         taken = []
         for dtype in DTYPES:
             # The interpreter truncates fp32 to bf16 where hardware rounds to nearest.
-            if self.backend == "triton" and self.device == "cpu" and dtype == torch.bfloat16:
+            if self.backend == "triton" and INTERPRETED and dtype == torch.bfloat16:
                 continue
             try:
                 dispatch.resolve(self.op, self.backend, self.device, dtype)
@@ -66,12 +68,13 @@ class Variant:
 def variants(op: str) -> tuple[Variant, ...]:
     if cuda_host.PATH:
         return (Variant(op, "cuda", None, "cpu"),)
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if PTX_TRITON:
+        return (Variant(op, "triton", None, "cpu"),)
     found = []
     for row in backends():
         if row.op != op or not row.available:
             continue
-        on_gpu = row.backend == "cuda" or (row.backend == "triton" and not interpreted)
+        on_gpu = row.backend == "cuda" or (row.backend == "triton" and not INTERPRETED)
         isas = native.load("_cpu").module.supported_isas() if row.backend == "cpu" else [None]
         device = "cuda" if on_gpu else "cpu"
         found += [Variant(op, row.backend, isa, device) for isa in isas]

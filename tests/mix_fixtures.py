@@ -16,6 +16,7 @@ import cuda_host
 import numpy as np
 import pytest
 import torch
+from helpers import INTERPRETED, PTX_TRITON
 
 import mdkernels
 from mdkernels.ops import native
@@ -28,15 +29,16 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 WIDTHS = (1, 7, 17, 33, 2049, 5003)  # around vectors, parts and blocks; none is even but for 0
 TINY = 1e-290  # stands in for a probability of 0 before the logarithm
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 AVAILABLE = {
     row.backend for row in mdkernels.backends() if row.op == "mix_sample" and row.available
 }
 ON_GPU = {name for name in ("cuda", "triton") if name in AVAILABLE}
-if INTERPRETED:
+if INTERPRETED or PTX_TRITON:
     ON_GPU.discard("triton")
 if cuda_host.PATH:
     AVAILABLE.add("cuda")
+if PTX_TRITON:
+    AVAILABLE.add("triton")
 # None of these looks at values on the host: a bad row is marked, not raised.
 UNCHECKED = AVAILABLE & {"cuda", "triton"}
 UNFILTERED = {"triton"}  # no top-k, top-p or min-p
@@ -44,7 +46,7 @@ UNFILTERED = {"triton"}  # no top-k, top-p or min-p
 
 def fewer(backend: str, many: int, few: int) -> int:
     """`many`, but `few` where a GPU is imitated: that takes milliseconds per row."""
-    imitated = (backend == "triton" and INTERPRETED) or (backend == "cuda" and cuda_host.PATH)
+    imitated = {"triton": INTERPRETED or PTX_TRITON, "cuda": cuda_host.PATH}.get(backend)
     return few if imitated else many
 
 

@@ -16,6 +16,9 @@ from mdkernels import logit_mix, mix_argmax, mix_sample
 from mdkernels.ops.logit_mix import cuda_kernels as kernels
 from mdkernels.ops.mix_sample import cuda_kernels as sample_kernels
 
+shims_device = pytest.mark.skipif(
+    cuda_host.FROM_PTX, reason="made for another device than the kernels from PTX are told of"
+)
 pytestmark = pytest.mark.skipif(
     not cuda_host.PATH, reason="needs the kernels compiled for the host: make test-cuda-host"
 )
@@ -145,6 +148,7 @@ def test_operators(test):
     test("cuda")
 
 
+@shims_device
 def test_an_a100_keeps_the_scores_in_global_memory(monkeypatch):
     monkeypatch.setenv("MDK_SHIM_DEVICE", "80,4,166912")
     kernels.device.cache_clear()
@@ -179,6 +183,7 @@ def test_results_depend_on_no_neighbour():
         assert torch.equal(logit_mix(base[one], memory[one], 0.3, backend="cuda"), mixed[one])
 
 
+@shims_device
 @pytest.mark.parametrize("pieces", [2, 8])
 def test_logprobs_depend_on_no_number_of_blocks(pieces, monkeypatch):
     """A row of few has a block per piece, one of many a block for all of them."""
