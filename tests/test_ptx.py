@@ -121,7 +121,7 @@ def test_what_ends_the_process(library, name, message):
 )
 def test_an_unknown_instruction_is_no_translation(instruction):
     body = KERNEL.format(name="k", body=f"{instruction};")
-    with pytest.raises((NotImplementedError, RuntimeError)):
+    with pytest.raises((ValueError, RuntimeError)):
         build.compiled(translate(body))
 
 

@@ -70,7 +70,7 @@ def start(lib, kernel, values, grid) -> None:
         push(struct.pack("<Q", 0))
     blocks = grid(values) if callable(grid) else grid
     if any(n != 1 for n in blocks[1:]):
-        raise NotImplementedError(f"a grid of {blocks}")
+        raise ValueError(f"a grid of {blocks}, expected one dimension")
     lib.ptx_launch.restype = ctypes.c_char_p
     error = lib.ptx_launch(
         kernel.metadata.name.encode(),
