@@ -1,11 +1,9 @@
 """Parametrisation over backends and instruction sets, and the fixtures the operator tests share."""
 
-import os
-
 import cuda_host
 import pytest
 import torch
-from helpers import PTX_TRITON, variants
+from helpers import INTERPRETED, PTX_TRITON, variants
 from hypothesis import HealthCheck, settings
 
 from mdkernels.ops import dispatch, native
@@ -25,9 +23,6 @@ settings.load_profile("mdk")
 # Kernels that should run threaded do so inside `helpers.threads`.
 torch.set_num_threads(1)
 
-# Triton's interpreter takes milliseconds for every iteration of a program: under it only the tests
-# marked `interpreted` run, on the triton backend alone.
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if cuda_host.PATH:
     cuda_host.install()
 if PTX_TRITON:
@@ -60,6 +55,8 @@ def pytest_generate_tests(metafunc):
 
 @pytest.hookimpl(tryfirst=True)  # before `-m gpu` selects
 def pytest_collection_modifyitems(config, items):
+    # The interpreter takes milliseconds for every iteration of a program: under it only the tests
+    # marked `interpreted` run, on the triton backend alone.
     if INTERPRETED:
         dropped = [item for item in items if not _interpreted(item)]
         items[:] = [item for item in items if _interpreted(item)]
