@@ -11,10 +11,21 @@ import importlib.util
 import os
 from pathlib import Path
 
+import pytest
+
 from mdkernels.ops import dispatch, native
 
 PATH = os.environ.get("MDK_CUDA_SHIM", "")
 FROM_PTX = Path(PATH).parent.name == "ptx"
+# PTX knows of clusters or not, as it was compiled; the shim's device may change between tests.
+CLUSTERS = not FROM_PTX or int(os.environ.get("MDK_SHIM_DEVICE", "90").split(",")[0]) >= 90
+
+
+def force(monkeypatch, kernels, launch: tuple) -> None:
+    """Takes the launch parameters (threads, blocks of a cluster, ...) instead of the table's."""
+    if launch[1] > 1 and not CLUSTERS:
+        pytest.skip("clusters of blocks need compute capability 9.0")
+    monkeypatch.setattr(kernels, "LAUNCH", launch)
 
 
 def install() -> None:

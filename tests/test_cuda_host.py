@@ -45,21 +45,21 @@ from_source = pytest.mark.skipif(cuda_host.FROM_PTX, reason="what the shim's own
 @pytest.mark.parametrize("inplace", [False, True], ids=["fresh", "inplace"])
 @pytest.mark.parametrize(("logits_dtype", "launch"), LAUNCHES, ids=str)
 def test_loss(variant, logits_dtype, launch, inplace, monkeypatch, poisoned_memory):
-    monkeypatch.setattr(loss_kernels, "LAUNCH", launch)
+    cuda_host.force(monkeypatch, loss_kernels, launch)
     check(*solved("peaked", 8, 301, logits_dtype), variant, inplace)
     check(*solved("peaked", 8, 5, logits_dtype), variant, inplace)
 
 
 @pytest.mark.parametrize("launch", [(64, 1, 33), (64, 3, 0)], ids=str)
 def test_loss_on_several_rounds_of_a_block(variant, launch, monkeypatch, poisoned_memory):
-    monkeypatch.setattr(loss_kernels, "LAUNCH", launch)
+    cuda_host.force(monkeypatch, loss_kernels, launch)
     for inplace in (False, True):
         check(*solved("peaked", 8, 4097, F32), variant, inplace)
 
 
 @pytest.mark.parametrize("kind", ["one_80_above", "shifted_1e4", "masked", "all_lowest"])
 def test_loss_in_clusters_and_chunks(variant, kind, monkeypatch, poisoned_memory):
-    monkeypatch.setattr(loss_kernels, "LAUNCH", (64, 2, 31))
+    cuda_host.force(monkeypatch, loss_kernels, (64, 2, 31))
     for inplace in (False, True):
         check(*solved(kind, 8, 1001, F32), variant, inplace)
 
@@ -75,7 +75,7 @@ LOGPROB_LAUNCHES = [
 
 @pytest.mark.parametrize(("logits_dtype", "launch"), LOGPROB_LAUNCHES, ids=str)
 def test_logprobs(variant, logits_dtype, launch, monkeypatch, poisoned_memory):
-    monkeypatch.setattr(logprob_kernels, "LAUNCH", launch)
+    cuda_host.force(monkeypatch, logprob_kernels, launch)
     for vocab in (1, 301, 4097):
         check_logprobs(*solved_logprobs("peaked", 8, vocab, logits_dtype), variant)
 
@@ -86,7 +86,7 @@ def test_large_vocabulary(variant, dtype, device, monkeypatch):
     if device and cuda_host.FROM_PTX:
         pytest.skip("the package's launch code asks for the device once in a process")
     monkeypatch.setenv("MDK_SHIM_DEVICE", device)
-    monkeypatch.setattr(loss_kernels, "LAUNCH", (0, 0, 0))
+    cuda_host.force(monkeypatch, loss_kernels, (0, 0, 0))
     p = problem("peaked", 2, 50257, dtype)
     expected = Expected(p, 0.3, 0.7)
     for inplace in (False, True):
@@ -95,8 +95,8 @@ def test_large_vocabulary(variant, dtype, device, monkeypatch):
 
 def test_the_last_threads_may_run_first(variant, monkeypatch):
     monkeypatch.setenv("MDK_SHIM_ORDER", "backwards")
-    monkeypatch.setattr(loss_kernels, "LAUNCH", (64, 2, 17))
-    monkeypatch.setattr(logprob_kernels, "LAUNCH", (64, 2))
+    cuda_host.force(monkeypatch, loss_kernels, (64, 2, 17))
+    cuda_host.force(monkeypatch, logprob_kernels, (64, 2))
     for inplace in (False, True):
         check(*solved("peaked", 8, 301, F32), variant, inplace)
     check_logprobs(*solved_logprobs("peaked", 8, 301, F32), variant)
@@ -178,7 +178,7 @@ def test_scale(variant, dtype, factor, per_row):
 @from_source
 def test_a_launch_the_device_refuses_names_the_operator(variant, monkeypatch):
     p = problem("normal", 2, 33, torch.float32)
-    monkeypatch.setattr(logprob_kernels, "LAUNCH", (1056, 1))
+    cuda_host.force(monkeypatch, logprob_kernels, (1056, 1))
     with pytest.raises(RuntimeError, match=r"token_logprobs: invalid launch: .* 1056 threads"):
         token_logprobs(p.logits, p.labels, backend="cuda")
     with pytest.raises(ValueError, match="too few arguments"):

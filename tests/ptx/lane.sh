@@ -1,13 +1,14 @@
 #!/bin/sh
 # What nvcc and Triton made of the kernels, translated from PTX and run on the host: the operators'
-# tests on the compiled code, by the launch tables of an H200.
+# tests on the compiled code, by the launch tables of an H200 or of MDK_SHIM_DEVICE (capability,
+# multiprocessors, shared bytes per block), whose PTX the build must hold.
 #   sh tests/ptx/lane.sh [python] [all]
 # Without `all`, a selection for every commit: for Triton bf16, which its interpreter gets wrong.
 set -eu
 python=${1:-python3}
 which=${2:-few}
 cd "$(dirname "$0")/../.."
-export OMP_NUM_THREADS=1 MDK_SHIM_DEVICE=90,132,232448
+export OMP_NUM_THREADS=1 MDK_SHIM_DEVICE="${MDK_SHIM_DEVICE:-90,132,232448}"
 
 losses="tests/test_sparse_kl.py tests/test_sparse_kl_inplace.py tests/test_token_logprobs.py"
 mixtures="tests/test_logit_mix.py tests/test_mix_argmax.py tests/test_mix_sample.py tests/test_mix_verify.py"
