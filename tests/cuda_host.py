@@ -3,8 +3,8 @@
 With MDK_CUDA_SHIM=<path of the extension built by tests/cuda_host.sh>, `install` makes it the
 extension of the backend "cuda", which then takes CPU tensors. The launchers, the dispatch and the
 operator tests run unchanged, on blocks of 64 threads: what a block costs here is its threads. The
-launch tables' own choices are the subject of test_cuda_host.py. An extension of tests/ptx/build.py
-runs what nvcc made of the kernels, by the launch tables.
+launch tables' own choices are the subject of test_cuda_host.py. An extension that
+tests/ptx/objects.py has linked runs what nvcc made of the kernels, by the launch tables.
 """
 
 import importlib.util

@@ -11,9 +11,8 @@ import pytest
 
 PTX = Path(__file__).with_name("ptx")
 sys.path.insert(0, str(PTX))
+import objects  # noqa: E402
 from translate import translate  # noqa: E402
-
-import build  # noqa: E402
 
 KERNEL = """
 .version 8.0
@@ -52,7 +51,7 @@ BODIES = {
 }
 
 pytestmark = [
-    pytest.mark.skipif(shutil.which(build.CXX) is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(shutil.which(objects.CXX) is None, reason="needs a C++ compiler"),
     pytest.mark.skipif(sys.platform != "linux", reason="the shim needs Linux"),
 ]
 
@@ -61,7 +60,7 @@ pytestmark = [
 def library(tmp_path_factory):
     head, _, body = KERNEL.partition(".visible")
     kernels = [".visible" + body.format(name=name, body=text) for name, text in BODIES.items()]
-    return build.linked(head + "".join(kernels))
+    return objects.linked(head + "".join(kernels))
 
 
 def launch(library, name, threads=64):
@@ -122,7 +121,7 @@ def test_what_ends_the_process(library, name, message):
 def test_an_unknown_instruction_is_no_translation(instruction):
     body = KERNEL.format(name="k", body=f"{instruction};")
     with pytest.raises((ValueError, RuntimeError)):
-        build.compiled(translate(body))
+        objects.compiled(translate(body))
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs triton")

@@ -19,7 +19,7 @@ if [ "$which" = all ]; then few_cuda=cuda few_triton=triton; fi
 
 status=0
 if ls build/cmake-*/CMakeFiles/cuda_kernels.dir >/dev/null 2>&1; then
-  MDK_CUDA_SHIM=$("$python" tests/ptx/build.py)
+  MDK_CUDA_SHIM=$("$python" tests/ptx/objects.py)
   export MDK_CUDA_SHIM
   # shellcheck disable=SC2086  # one word per file
   "$python" -m pytest -p no:cacheprovider -n 2 $cuda $losses -k "$few_cuda" || status=$?

@@ -18,11 +18,11 @@ FORMATS |= {"fp32": "<f", "fp64": "<d"}
 
 
 def install() -> None:
+    import objects
     import offline
     from triton.runtime.driver import driver
     from triton.runtime.jit import JITFunction
 
-    import build
     from mdkernels.ops import dispatch
 
     run, reason = JITFunction.run, dispatch._device_reason
@@ -33,7 +33,7 @@ def install() -> None:
         if warmup:
             return kernel
         if kernel.hash not in libraries:
-            libraries[kernel.hash] = ctypes.CDLL(str(build.linked(kernel.asm["ptx"])))
+            libraries[kernel.hash] = ctypes.CDLL(str(objects.linked(kernel.asm["ptx"])))
         values = dict(zip(self.arg_names, args, strict=False)) | kwargs
         start(libraries[kernel.hash], kernel, values, grid)
         return kernel

@@ -1,6 +1,6 @@
 """Builds what is translated from PTX (translate.py).
 
-    python tests/ptx/build.py       # the CUDA extension; prints its path
+    python tests/ptx/objects.py       # the CUDA extension; prints its path
 
 The extension is linked from the objects of the package's own build, host code and launches
 included, but with runtime.cpp in the place of the CUDA runtime. Objects are kept by content.
