@@ -83,9 +83,8 @@ def test_models_that_cannot_score_the_corpus_are_refused(text):
         gold_logprobs(tiny_model("llama", vocab_size=256), corpus, block=32)
 
 
-@pytest.fixture(scope="module")
-def capped():
-    """A model whose logits are capped behind the head, hard enough to matter."""
+def capped_at(limit, std):
+    """A model whose logits are capped behind the head, at `std` a head large or small."""
     from transformers import Gemma2Config, Gemma2ForCausalLM
 
     config = Gemma2Config(
@@ -96,12 +95,18 @@ def capped():
         num_attention_heads=2,
         num_key_value_heads=1,
         head_dim=16,
-        final_logit_softcapping=2.0,
+        final_logit_softcapping=limit,
         max_position_embeddings=64,
     )
     model = Gemma2ForCausalLM(config).eval()
-    torch.nn.init.normal_(model.lm_head.weight, std=2.0)
+    torch.nn.init.normal_(model.lm_head.weight, std=std)
     return model
+
+
+@pytest.fixture(scope="module")
+def capped():
+    """Hard enough to matter."""
+    return capped_at(2.0, std=2.0)
 
 
 @pytest.mark.parametrize(("block", "stride"), [(32, 16), (24, 24), (32, 5)])
@@ -116,13 +121,22 @@ def test_logits_changed_behind_the_head_are_scored_as_they_are(
     monkeypatch.setattr("mdkernels.scoring._LOGITS_BYTES", 2 * block * 320 * 4)
     with capped.lm_head.register_forward_hook(lambda *a: forwards.append(a[-1].shape)):
         gold_logprobs(capped, corpus, block=block, stride=stride, batch_size=3)
-    kept = {tuple(shape[:2]) for shape in forwards[2:]}  # two are of the probe
+    kept = {tuple(shape[:2]) for shape in forwards[1:]}  # one is of the probe
     assert kept <= {(size, rows) for size in (1, 2) for rows in range(1, block + 1)}
 
 
 def test_a_loss_through_the_head_refuses_such_a_model(text, capped):
     with pytest.raises(ValueError, match=r"gemma2.*changes its logits after the LM head"):
         check_scorable(capped, text[0], 32)
+
+
+def test_a_cap_is_seen_before_the_logits_have_grown_to_it(text):
+    """A model that starts small would meet its cap while it trains, and differ from its loss."""
+    with pytest.raises(ValueError, match=r"gemma2.*changes its logits after the LM head"):
+        check_scorable(capped_at(30.0, std=0.02), text[0], 32)
+    larger = capped_at(30.0, std=0.5)  # still within 1 % of its uncapped logits, most of them
+    found = gold_logprobs(larger, text[0], block=32, stride=16)
+    assert (found - naive_logprobs(larger, text[0], 32, 16)).abs().max() < 3e-6
 
 
 def test_scoring_never_searches_for_packed_texts(text, monkeypatch):
