@@ -102,15 +102,19 @@ def stream_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:
     return seed.to(input_ids.device)
 
 
-def check_drafts(drafts: int | str, memories: int, sliding: list[bool]) -> None:
-    """`sliding`: of each layer of the cache, whether it attends in a window."""
+def check_drafts(drafts: int | str, memories: int, cache: MixtureCache) -> None:
     if drafts != "auto" and (type(drafts) is not int or drafts < 0):
         raise ValueError(
             f'draft_tokens must be "auto" or an integer >= 0 (0: no drafts), got {drafts!r}'
         )
     if drafts and not memories:
         raise ValueError(f"draft_tokens: got {drafts!r}, but without a memory nothing could draft")
-    if drafts and any(sliding):
+    if drafts and any(cache.is_stateful):
+        raise ValueError(
+            f"draft_tokens: got {drafts!r} with a model whose layers keep a state (Mamba, linear "
+            "attention), which cannot go back; pass 0"
+        )
+    if drafts and any(cache.is_sliding):
         raise ValueError(
             f"draft_tokens: got {drafts!r} with a model that attends in a sliding window, whose "
             "cache cannot go back; pass 0"
@@ -120,7 +124,7 @@ def check_drafts(drafts: int | str, memories: int, sliding: list[bool]) -> None:
 def check_draft(request: Request) -> Request:
     """`request`, if its drafts can be made."""
     drafts, cache = request.draft_tokens, request.cache
-    check_drafts(drafts, len(request.mixture.memories), cache.is_sliding)
+    check_drafts(drafts, len(request.mixture.memories), cache)
     if drafts and len(request.input_ids) > 1 and cache.is_compileable:
         raise ValueError(
             f"draft_tokens: got {drafts!r} with a static cache and {len(request.input_ids)} rows, "

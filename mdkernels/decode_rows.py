@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .mixture import MemoryMixture
-from .mixture_cache import CACHE, MixtureCache
+from .mixture_cache import CACHE, MixtureCache, readable
 from .ops.mix_argmax import mix_argmax
 from .ops.mix_sample import mix_sample
 from .ops.mix_verify import MixVerifyOutput, mix_verify
@@ -80,7 +80,7 @@ def forward(
     """(B, keep, V) logits behind the last `keep` tokens; `cache` grows by `input_ids`."""
     output = model(
         input_ids=input_ids,
-        attention_mask=mask,
+        attention_mask=readable(mask, cache, input_ids.shape[1]),
         position_ids=positions,
         use_cache=True,
         logits_to_keep=keep,

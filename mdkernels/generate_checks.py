@@ -62,8 +62,7 @@ def check_options(
     if dtype not in DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     place = resolve_device(device)
-    sliding = MixtureCache.of(configs, None).is_sliding
-    check_drafts(draft_tokens, len(configs) - 1, sliding)
+    check_drafts(draft_tokens, len(configs) - 1, MixtureCache.of(configs, None))
     for name, config in named:
         context = context_length(config)
         # The last new token is never read.

@@ -24,7 +24,7 @@ from transformers.utils import can_return_tuple
 
 from . import mixture_checks as checks
 from .mix_weight import check_weights
-from .mixture_cache import CACHE, MixtureCache
+from .mixture_cache import CACHE, MixtureCache, readable
 from .mixture_config import MemoryMixtureConfig, check_temperature
 from .mixture_generation import MixtureGenerationMixin, mask_of
 from .models import cast_weights, load_model
@@ -98,6 +98,8 @@ class MemoryMixture(PreTrainedModel, MixtureGenerationMixin):
         # Direct children: post_init collects tied weights from those only, not through a list.
         for i, one in enumerate(models[1:]):
             self.add_module(f"memory_{i}", one)
+        # An assistant's rejected drafts cannot be taken back: generate() asks this.
+        self._is_stateful = any(self.new_cache().is_stateful)
         # generate() asks the top configuration which attention runs.
         config._attn_implementation_internal = self.base.config._attn_implementation
         self.generation_config = copy.deepcopy(self.base.generation_config)
@@ -244,7 +246,7 @@ class MemoryMixture(PreTrainedModel, MixtureGenerationMixin):
         for i, (model, view) in enumerate(zip(self.models, views, strict=True)):
             output = model(
                 input_ids=input_ids,
-                attention_mask=mask_of(i, attention_mask),
+                attention_mask=readable(mask_of(i, attention_mask), view, input_ids.shape[1]),
                 position_ids=position_ids,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,

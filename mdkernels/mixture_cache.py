@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
+from typing import Any
 
+from torch import Tensor
 from transformers import Cache, PreTrainedConfig
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -54,6 +56,12 @@ class MixtureCache(Cache):
         lengths = [layer.get_max_length() for layer, slides in layers if not slides]
         return min((length for length in lengths if length != -1), default=-1)
 
+    @property
+    def is_stateful(self) -> list[bool]:
+        """Of each layer, whether it keeps a state that every token changes (Mamba, linear
+        attention, short convolutions), and so cannot go back."""
+        return [hasattr(layer, "recurrent_states") for layer in self.layers]
+
     def crop(self, tokens_to_remove: int) -> None:
         """As of any cache: take a negative number of tokens off the end."""
         for layer in self.layers:
@@ -62,3 +70,12 @@ class MixtureCache(Cache):
             else:
                 # A static layer before transformers 5.24: what comes next is written over the rest.
                 layer.cumulative_length.sub_(abs(tokens_to_remove))
+
+
+def readable(mask: Any, cache: Cache | None, count: int) -> Any:
+    """Of `mask` over all tokens what a model reads with `count` new ones: only theirs, if none of
+    its layers attends. (Mamba would multiply its inputs with all of it.)"""
+    if cache is None or not isinstance(mask, Tensor) or mask.dim() != 2:
+        return mask
+    attends = any(hasattr(layer, "keys") for layer in cache.layers)
+    return mask if attends else mask[:, -count:]

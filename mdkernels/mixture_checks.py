@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,6 +88,12 @@ def check_models(models: Sequence[Any]) -> list[PreTrainedModel]:
             )
         if model.config.is_encoder_decoder or not model.can_generate():
             raise TypeError(f"{name}: {type(model).__name__} is no causal language model")
+        known = inspect.signature(model.forward).parameters  # of a wrapper: nothing by name
+        if "input_ids" in known and CACHE not in known:
+            raise TypeError(
+                f"{name}: {type(model).__name__} takes no {CACHE}, so it would forget what it read "
+                "between two tokens; use a family that does (RWKV does not)"
+            )
         if model.device != base.device:
             raise ValueError(
                 f"memory {model_id(model)} is on {model.device}, base {model_id(base)} on "
