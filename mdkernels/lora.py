@@ -19,7 +19,8 @@ def add_adapter(model, config: TrainConfig):
     """A `peft.PeftModel` around `model`, whose linear layers get adapters in place.
 
     Raises ImportError with the pip line if peft is missing, ValueError for `lora_targets` that name
-    no layer of the model or the LM head, whose weight the loss reads itself.
+    no layer of the model, the LM head, whose weight the loss reads itself, or an embedding tied to
+    it.
     """
     try:
         import peft
@@ -30,7 +31,7 @@ def add_adapter(model, config: TrainConfig):
     targets = config.lora_targets
     if not isinstance(targets, str):
         targets = "all-linear" if list(targets) == ["all-linear"] else list(targets)
-    head = lm_head(model)
+    head, embedding = lm_head(model), model.get_input_embeddings()
     settings = peft.LoraConfig(
         r=config.lora,
         lora_alpha=config.alpha,
@@ -50,6 +51,11 @@ def add_adapter(model, config: TrainConfig):
         raise ValueError(
             "lora_targets: the LM head cannot have an adapter, because the loss reads its weight; "
             'name other layers, or "all-linear", which leaves it out'
+        )
+    if model.get_input_embeddings() is not embedding and embedding.weight is head.weight:
+        raise ValueError(
+            "lora_targets: the embedding is tied to the LM head, which would not have its adapter "
+            'while training, and would once it is merged; name other layers, or "all-linear"'
         )
     return wrapped
 

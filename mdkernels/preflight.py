@@ -42,6 +42,17 @@ def check_model(model, corpus, block: int) -> None:
             ) from error
 
 
+def check_base(base, model) -> None:
+    """Raise ValueError if training `model`, in place, would change the live model `base`."""
+    trained = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in base.parameters():
+        if id(parameter) in trained:
+            raise ValueError(
+                f"base: shares {trained[id(parameter)]} with model, which is trained in place; "
+                "pass copy.deepcopy(base) as model"
+            )
+
+
 def tokenizer_of(config: TrainConfig, corpus):
     """The tokenizer to save, checked against the corpus; None for a live model without one."""
     check_trained(config.model)

@@ -121,7 +121,7 @@ class _Run:
         tokenizer = preflight.tokenizer_of(config, corpus)
         model = load_model(config.model, dtype=torch.float32, device=self.device)
         preflight.check_model(model, corpus, config.block)
-        self.on_eval = on_eval or self._mixture_hook()
+        self.on_eval = on_eval or self._mixture_hook(model)
         self.best = BestStep(config.monitor, config.patience) if config.best_kept else None
         if self.best is not None and self.on_eval is None:
             raise ValueError(
@@ -286,10 +286,12 @@ class _Run:
         )
         self.mark = time.perf_counter()
 
-    def _mixture_hook(self) -> EvalHook | None:
+    def _mixture_hook(self, model) -> EvalHook | None:
         config = self.config
         if config.valid is None:
             return None
+        if isinstance(config.base, torch.nn.Module):
+            preflight.check_base(config.base, model)
         if config.best_kept:
             check_choice("monitor", config.monitor, MixtureEval.numbers)
         check_tokenizers([config.base], [self.corpus, open_corpus(config.valid)])

@@ -163,6 +163,9 @@ def test_adapter_on_chosen_layers_and_refusals(data, tmp_path, monkeypatch):
     assert changed == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
     with pytest.raises(ValueError, match="lora_targets: the LM head cannot have an adapter"):
         train(config(data, tmp_path / "head", lora=2, lora_targets=["lm_head"]))
+    tied = {"lora": 2, "lora_targets": ["q_proj", "embed_tokens"], "model": tiny_model("qwen2")}
+    with pytest.raises(ValueError, match="lora_targets: the embedding is tied to the LM head"):
+        train(config(data, tmp_path / "tied", **tied))
     with pytest.raises(ValueError, match=r"lora_targets \['nowhere'\]"):
         train(config(data, tmp_path / "none", lora=2, lora_targets=["nowhere"]))
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
@@ -205,6 +208,9 @@ def test_what_cannot_work_here_is_refused_before_the_first_step(data, tmp_path, 
     options = {"valid": data[0], "base": tiny_model("llama"), "eval_every": 1, "keep_best": True}
     with pytest.raises(ValueError, match=r"monitor must be .* did you mean 'memory_perplexity'"):
         train(config(data, tmp_path / "out", monitor="memory_perplexty", **options))
+    live = tiny_model("llama")
+    with pytest.raises(ValueError, match=r"base: shares model\.embed\S+ with model, .* in place"):
+        train(config(data, tmp_path / "out", model=live, base=live, valid=data[0]))
     with pytest.raises(ValueError, match=r"unknown tracker 'tensorbord', expected .*tensorboard"):
         train(config(data, tmp_path / "out", track=["tensorbord"]))
     with pytest.raises(ImportError, match="track: aim is not installed: pip install aim"):
