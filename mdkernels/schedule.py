@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 
 import numpy as np
 
@@ -38,7 +39,8 @@ class Schedule:
         if config.max_steps is not None:
             self.steps, self.windows = config.max_steps, config.max_steps * self.per_step
         else:
-            self.windows = math.ceil(config.epochs * len(data))
+            # As written: in floats 1.1 * 100 is a little more than 110.
+            self.windows = math.ceil(Fraction(str(config.epochs)) * len(data))
             self.steps = math.ceil(self.windows / self.per_step)
         if config.warmup_steps > self.steps:
             raise ValueError(

@@ -12,6 +12,8 @@ from train_fixtures import BLOCK, STRIDE, config, make_corpus, make_targets, sam
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mdkernels import memory_loss
+from mdkernels.distributed import Processes
+from mdkernels.schedule import Schedule
 from mdkernels.train import TrainConfig, train
 
 
@@ -133,6 +135,16 @@ def test_accumulated_batches_equal_one_large_batch(data, tmp_path):
     for left, right in zip(steps(one), steps(accumulated), strict=True):
         assert left["loss"] == pytest.approx(right["loss"], rel=1e-4)
         assert left["grad_norm"] == pytest.approx(right["grad_norm"], rel=1e-3)
+
+
+def test_a_fraction_of_an_epoch_is_meant_as_it_is_written():
+    """In floats 1.1 * 100 is a little more than 110."""
+    data = range(100)  # as many windows
+    for epochs, count in ((1.1, 110), (0.07, 7), (1, 100), (1.101, 111), (1e-9, 1)):
+        settings = TrainConfig(
+            corpus="c", model="m", out="o", objective="ce", epochs=epochs, batch_size=10
+        )
+        assert Schedule(data, settings, Processes("cpu")).windows == count
 
 
 def test_every_window_is_read_once_per_epoch(data, tmp_path, monkeypatch):
