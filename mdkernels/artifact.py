@@ -123,6 +123,10 @@ def read_artifact(path: str | os.PathLike, kind: str, *, verify: bool = False) -
     checksums when they are under 64 MB in all, or with `verify=True` (one sequential read).
     Raises `ArtifactError`, naming the file and what to do.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(
+            f"{kind}: expected an artefact, opened or its directory, got {type(path).__name__}"
+        )
     path = Path(path)
     if not path.is_dir():
         raise ArtifactError(f"no {kind} artefact at {path}: {_missing_hint(path, kind)}")

@@ -201,6 +201,10 @@ def _holds_tokenizer(directory: Path) -> bool:
 
 
 def _load(what: str, load: Callable[..., Any], name: str | os.PathLike, **options: Any) -> Any:
+    if not isinstance(name, (str, os.PathLike)):
+        raise TypeError(
+            f"{what}: expected a directory, a hub id or a live {what}, got {type(name).__name__}"
+        )
     path = Path(name)
     partial = Path(f"{path}{PARTIAL}")
     if not path.exists() and partial.is_dir():

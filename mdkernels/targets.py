@@ -95,7 +95,7 @@ def open_targets(targets: Any, *, verify: bool = False) -> TargetStore | Labelle
                 f"targets: expected a pair (SparseTargets, labels), got {len(targets)} values"
             )
         return LabelledTargets(*targets)
-    if Path(targets).suffix == ".arrow":
+    if isinstance(targets, (str, os.PathLike)) and Path(targets).suffix == ".arrow":
         from .integrations.official import read_targets
 
         return LabelledTargets(*read_targets(targets))

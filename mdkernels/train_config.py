@@ -187,7 +187,9 @@ class TrainConfig:
         if self.best_kept and self.eval_every is None:
             name = "keep_best" if self.patience is None else "patience"
             raise ValueError(f"{name} compares evaluations during training: give eval_every")
-        if isinstance(self.track, str):
+        if not isinstance(self.out, (str, os.PathLike)):
+            raise ValueError(f"out: expected a directory to write, got {self.out!r}")
+        if self.track is not None and not isinstance(self.track, (list, tuple)):
             raise ValueError(f"track: expected a list of names, got {self.track!r}")
         if (self.valid is None) != (self.base is None):
             missing = "base" if self.base is None else "valid"

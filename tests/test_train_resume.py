@@ -202,11 +202,22 @@ def test_a_model_directory_of_another_tokenizer_is_refused(data, tmp_path):
         ({"betas": (0.9, 1.0)}, "betas must be a number >= 0.0 and < 1.0"),
         ({"clip": -1}, "clip must be"),
         ({"valid": "somewhere"}, "base is None"),
+        ({"track": 5}, "track: expected a list of names, got 5"),
     ],
 )
 def test_settings_outside_their_range_are_refused(data, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         config(data, tmp_path / "out", **changes)
+
+
+def test_inputs_of_another_type_are_named(data, tmp_path):
+    for name, kind in (("corpus", "corpus"), ("targets", "targets"), ("model", "model")):
+        with pytest.raises(TypeError, match=rf"{kind}: expected .*director.*, got int"):
+            train(config(data, tmp_path / "out", **{name: 5}))
+    with pytest.raises(TypeError, match=r"tokenizer: expected a directory.*, got int"):
+        train(config(data, tmp_path / "out", tokenizer=5))
+    with pytest.raises(ValueError, match="out: expected a directory to write, got None"):
+        config(data, None)
 
 
 def test_unknown_settings_name_the_nearest():
