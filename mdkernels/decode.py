@@ -60,7 +60,11 @@ def decode(
     """
     mask = _check(mixture, input_ids, attention_mask, max_new_tokens)
     sampling = check_sampling(temperature, top_k, top_p, min_p)
-    eos = (eos_token_id,) if isinstance(eos_token_id, int) else tuple(eos_token_id or ())
+    ends = () if eos_token_id is None else eos_token_id
+    eos = (ends,) if isinstance(ends, int) else tuple(ends)
+    for name, ids in (("eos_token_id", eos), ("pad_token_id", (pad_token_id or 0,))):
+        if not all(isinstance(one, int) for one in ids):
+            raise TypeError(f"{name}: expected an int (for eos also a list of them), got {ids!r}")
     request = Request(
         mixture=mixture,
         input_ids=input_ids,
@@ -150,6 +154,8 @@ def _check(
             )
     if attention_mask is None:
         return None
+    if not isinstance(attention_mask, Tensor):
+        raise TypeError(f"attention_mask: expected a tensor, got {type(attention_mask).__name__}")
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
             f"attention_mask: expected {tuple(input_ids.shape)} as input_ids, got "
@@ -166,6 +172,9 @@ def _check(
 
 def check_sampling(temperature, top_k, top_p, min_p) -> dict | None:
     """Arguments of `mix_sample`, or None for greedy decoding."""
+    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
+        if not isinstance(value, (int, float)):
+            raise ValueError(f"{name} must be a number, got {value!r}")
     if not 0.0 <= temperature < math.inf:
         raise ValueError(f"temperature must be >= 0 and finite, got {temperature}")
     if not isinstance(top_k, int) or top_k < 0:

@@ -226,6 +226,8 @@ def check_generate(
 
 
 def _check_mask(prompt: Tensor, mask: Any, continued: bool) -> None:
+    if mask is not None and not isinstance(mask, (Tensor, dict)):
+        raise TypeError(f"attention_mask: expected a tensor, got {type(mask).__name__}")
     if not isinstance(mask, Tensor) or mask.dim() != 2:
         return
     # A continued prompt may be passed whole or in part; the mask covers all of it.

@@ -169,6 +169,8 @@ def test_top_k_one_is_greedy_at_any_temperature():
         ({"attention_mask": torch.tensor([[1, 1, 0]])}, "pad on the left"),
         ({"attention_mask": torch.zeros(1, 3)}, "no row may be all padding"),
         ({"temperature": -1.0}, "temperature must be >= 0"),
+        ({"temperature": "warm"}, "temperature must be a number, got 'warm'"),
+        ({"min_p": None}, "min_p must be a number, got None"),
         ({"temperature": float("nan")}, "temperature must be >= 0"),
         ({"temperature": float("inf")}, "temperature must be >= 0 and finite"),
         ({"top_k": -1}, "top_k must be"),
@@ -183,6 +185,21 @@ def test_bad_arguments_are_refused_before_any_compute(changes, message, monkeypa
     arguments = {"input_ids": ids, "max_new_tokens": 8, **changes}
     with pytest.raises(ValueError, match=message):
         decode(mixture, **arguments)
+
+
+def test_arguments_of_another_type_are_named():
+    mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2"), 0.5)
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    for name, value in (
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", torch.tensor([1, 2])),
+        ("pad_token_id", "x"),
+        ("attention_mask", [[1, 1, 1]]),
+    ):
+        with pytest.raises(TypeError, match=f"{name}: expected"):
+            decode(mixture, ids, max_new_tokens=2, **{name: value})
+    with pytest.raises(TypeError, match="attention_mask: expected a tensor, got list"):
+        mixture.generate(ids, attention_mask=[[1, 1, 1]])
 
 
 def test_the_longest_prompt_that_fits_decodes():
