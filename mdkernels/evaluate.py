@@ -24,9 +24,10 @@ from .corpus import Corpus, open_corpus
 from .evaluate_report import format_table, plot_path, write_plot
 from .mix_weight import check_weights, fit_mix_weight, mixture_logprobs, weight_curve
 from .models import load_model, model_id
-from .scoring import gold_logprobs, knn_logprobs
+from .scoring import check_sizes, gold_logprobs, knn_logprobs
 from .tokenizer_check import check_tokenizers
 from .train_config import DTYPES, resolve_device
+from .value_checks import check_choice
 
 __all__ = ["MixtureEval", "evaluate", "format_table", "gold_logprobs", "knn_logprobs"]
 
@@ -78,6 +79,8 @@ def evaluate(
     memories = (
         [] if memory is None else list(memory) if isinstance(memory, (list, tuple)) else [memory]
     )
+    check_sizes(block, stride, batch_size)
+    check_choice("dtype", dtype, tuple(DTYPES))
     corpus = open_corpus(corpus)
     valid = None if valid is None else open_corpus(valid)
     weights = None if mix_weight is None else check_weights(mix_weight, len(memories))

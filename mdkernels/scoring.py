@@ -23,6 +23,7 @@ from .models import lm_head, model_id
 from .ops.knn_targets import knn_targets
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.token_logprobs import token_logprobs
+from .value_checks import check_integer
 
 # Of a model whose logits have to be taken whole; one window is taken in any case.
 _LOGITS_BYTES = 512 << 20
@@ -64,6 +65,7 @@ def gold_logprobs(
     FloatingPointError for NaN logits.
     """
     corpus = open_corpus(corpus)
+    check_sizes(block, stride, batch_size)
     stride = max(1, block // 2) if stride is None else stride
     _check_fits(model, corpus, block)
     start, stop = (0, corpus.num_rows) if rows is None else rows
@@ -163,6 +165,14 @@ def unpadded(model) -> Iterator[None]:
         attributes.pop(name)
         if outer is not None:
             attributes[name] = outer
+
+
+def check_sizes(block: int, stride: int | None, batch_size: int) -> None:
+    """Raise ValueError unless windows can be cut so."""
+    check_integer("block", block, 1)
+    if stride is not None:
+        check_integer("stride", stride, 1, block)
+    check_integer("batch_size", batch_size, 1)
 
 
 def check_scorable(model, corpus: Corpus, block: int) -> None:

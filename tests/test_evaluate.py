@@ -253,6 +253,15 @@ def test_a_plan_that_cannot_work_fails_before_scoring(text, tmp_path, monkeypatc
         evaluate(base, memory, corpus, valid=corpus, block=32)
     with pytest.raises(ValueError, match=r"mix_weight must be in \[0, 1\], got 2"):
         evaluate(base, memory, corpus, mix_weight=2, block=32)
+    for sizes, message in (
+        ({"block": 0}, "block must be an integer >= 1, got 0"),
+        ({"block": 33.5}, "block must be an integer"),
+        ({"block": 32, "stride": 33}, r"stride must be an integer in \[1, 32\], got 33"),
+        ({"batch_size": 0}, "batch_size must be an integer >= 1, got 0"),
+        ({"dtype": "float16"}, "dtype must be one of float32, bfloat16, got 'float16'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(base, memory, corpus, mix_weight=0.5, **sizes)
     for ignored in ({"memory": memory, "mix_weight": 0.5}, {"memory": None}):
         with pytest.raises(ValueError, match="is for fitting the mix weight, but"):
             evaluate(base, corpus=corpus, valid=text[1], block=32, **ignored)
