@@ -123,7 +123,7 @@ def start(request: Request) -> tuple[Rows, Slots, Picker]:
             for model, view in zip(request.mixture.models, request.cache.views, strict=True)
         ]
     rows = Rows(request, positions)
-    picker = Picker(request, min(one.shape[1] for one in logits))
+    picker = Picker(request, logits)
     rows.append(picker.pick(logits, rows.offsets))
     return rows, slots, picker
 

@@ -93,12 +93,13 @@ class Picker:
     """Turns the logits of all models, base first, into tokens.
 
     Args:
-        width: of the common vocabulary. Ids that only some models have are padding rows, and no
-            input for the others.
+        logits: (B, V) of each model behind the prompt. `width` is that of their common vocabulary:
+            ids that only some models have are padding rows, and no input for the others.
     """
 
-    def __init__(self, request: Request, width: int):
-        self.width = width
+    def __init__(self, request: Request, logits: list[Tensor]):
+        self.width = min(one.shape[1] for one in logits)
+        self.dtypes = [one.dtype for one in logits]
         self.memory_temperature = request.mixture.memory_temperature
         self.sampling = request.sampling
         if not request.mixture.memories:

@@ -87,8 +87,8 @@ class _Pass:
         self.read_ids = self.ids.repeat(1, most + 1)
         """What was drawn last, then the draft."""
         shape = (batch, most + 1, self.picker.width)
-        dtype = self.model.get_output_embeddings().weight.dtype
-        self.logits = torch.empty(shape, dtype=dtype, device=device)
+        # Under autocast not that of the weights.
+        self.logits = torch.empty(shape, dtype=self.picker.dtypes[drafting], device=device)
         self.tokens = torch.zeros((batch, most + 1), dtype=torch.int64, device=device)
         self.accepted = torch.zeros(batch, dtype=torch.int64, device=device)
         self.draft = self.as_graph(self._draft)

@@ -54,6 +54,18 @@ def test_greedy_tokens_are_those_without_drafts(families, draft):
         assert found.stats.accepted < found.stats.tested
 
 
+def test_drafts_under_autocast():
+    """Which gives logits another dtype than that of the weights."""
+    mixture = MemoryMixture(tiny_model("llama"), tiny_model("gpt2", seed=1), 0.6)
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    with torch.autocast("cpu", torch.bfloat16):
+        found = decode(mixture, ids, max_new_tokens=6, draft_tokens=3)
+        memory = MemoryMixture(mixture.base, mixture.memories, 1.0)
+        alone = decode(memory, ids, max_new_tokens=6, draft_tokens=3)
+        assert torch.equal(alone, decode(memory, ids, max_new_tokens=6))
+    assert found.shape == (2, 9)
+
+
 @pytest.mark.parametrize("new", [1, 2, 3, 7])
 def test_the_length_is_exact(new):
     mixture = double_mixture("llama", "gpt2")
