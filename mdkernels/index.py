@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .artifact import Artifact, ArtifactError, read_artifact
 from .artifact_writer import ArtifactWriter
 from .datastore import Datastore, open_datastore
 from .exact_search import exact_search
+from .faiss_build import ADD_ROWS, build_faiss, import_faiss
 from .train_config import resolve_device
 from .value_checks import check_integer
 
 EXACT = "exact"
 _FILE = "index.faiss"
-_ADD_ROWS = 1 << 16
 
 
 class Index:
@@ -105,7 +104,7 @@ class FaissIndex(Index):
         self, artifact: Artifact, datastore: Datastore, device: torch.device, nprobe: int | None
     ):
         super().__init__(artifact, datastore, device)
-        faiss = _faiss(self.factory)
+        faiss = import_faiss(self.factory)
         try:
             index = faiss.read_index(str(artifact.file(_FILE)))
         except RuntimeError as error:
@@ -173,9 +172,13 @@ def build_index(
     train_rows: int | None = None,
     seed: int = 0,
     device: str = "auto",
+    checkpoint_seconds: float = 300.0,
     overwrite: bool = False,
 ) -> Index:
     """Index the keys of `datastore` into the artefact `out` and open it.
+
+    A killed faiss build leaves `<out>.partial` and continues from its last checkpoint when it is
+    called again with the same datastore and settings.
 
     Args:
         factory: "exact", or a faiss factory string such as "IVF4096,PQ64" or "HNSW32".
@@ -183,6 +186,8 @@ def build_index(
         train_rows: random keys faiss trains on; None is 64 per IVF cell, at least 65536.
         seed: of that sample.
         device: where the returned index searches; faiss trains and adds on the CPU.
+        checkpoint_seconds: training apart, about this much work is repeated after a kill. Each
+            checkpoint writes the index so far: the disk needs room for it twice.
 
     Raises ImportError if faiss is needed and missing, ValueError for a factory string it refuses.
     """
@@ -190,7 +195,7 @@ def build_index(
     config: dict[str, Any] = {"factory": factory}
     if factory != EXACT:
         config |= {"nprobe": nprobe, "train_rows": train_rows, "seed": seed}
-        _faiss(factory)
+        import_faiss(factory)
         check_integer("nprobe", nprobe, 1)
         check_integer("seed", seed, 0)
         if train_rows is not None:
@@ -205,51 +210,14 @@ def build_index(
         if factory == EXACT:
             writer.array("center", "float32").append(_center(datastore.keys))
         else:
-            _write_faiss(str(writer.file(_FILE)), datastore.keys, factory, train_rows, seed)
+            build_faiss(
+                writer, _FILE, datastore.keys, factory, train_rows, seed, checkpoint_seconds
+            )
         artifact = writer.commit()
     return open_index(artifact.path, datastore, device=device)
 
 
 def _center(keys: np.ndarray) -> np.ndarray:
     """Mean of up to 65536 evenly spaced keys; exact_search wants any point near the middle."""
-    rows = np.linspace(0, len(keys) - 1, min(len(keys), _ADD_ROWS)).astype(np.int64)
+    rows = np.linspace(0, len(keys) - 1, min(len(keys), ADD_ROWS)).astype(np.int64)
     return keys[rows].mean(0, dtype=np.float64).astype(np.float32)
-
-
-def _faiss(factory: str):
-    try:
-        import faiss
-    except ImportError as error:
-        raise ImportError(
-            f'index {factory!r} needs faiss: pip install "mdkernels[faiss]" (or faiss-gpu), or use '
-            f'factory="{EXACT}", which needs nothing'
-        ) from error
-    return faiss
-
-
-def _write_faiss(
-    path: str, keys: np.ndarray, factory: str, train_rows: int | None, seed: int
-) -> None:
-    faiss = _faiss(factory)
-    try:
-        index = faiss.index_factory(keys.shape[1], factory, faiss.METRIC_L2)
-        if not index.is_trained:
-            ivf = faiss.try_extract_index_ivf(index)
-            wanted = max(_ADD_ROWS, 0 if ivf is None else 64 * ivf.nlist)
-            count = min(len(keys), wanted if train_rows is None else train_rows)
-            rows = np.random.default_rng(seed).choice(len(keys), count, replace=False)
-            index.train(keys[np.sort(rows)].astype(np.float32))
-    except RuntimeError as error:
-        raise ValueError(
-            f"factory: faiss cannot build {factory!r} for {keys.shape[0]} keys of dimension "
-            f"{keys.shape[1]}: {error}"
-        ) from error
-    with tqdm(desc="index", total=len(keys), unit="key", unit_scale=True, disable=None) as progress:
-        for start in range(0, len(keys), _ADD_ROWS):
-            block = keys[start : start + _ADD_ROWS].astype(np.float32)
-            index.add(block)
-            progress.update(len(block))
-    try:
-        faiss.write_index(index, path)
-    except RuntimeError as error:  # a full disk
-        raise OSError(f"{path} could not be written: {error}") from error

@@ -19,6 +19,7 @@ NOT_FLAGS = {
     "datastore": {"checkpoint_seconds"},
     "train": {"betas"},
     "generate": {"prompts", "stream"},
+    "index": {"checkpoint_seconds"},
     "targets": {"checkpoint_seconds"},
 }
 MAY_BE_NONE = {(stage, "memory") for stage in ("evaluate", "generate", "chat")}
