@@ -10,6 +10,7 @@ import torch
 from helpers import csr, dense_probs, problem
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdkernels import SparseTargets
 
@@ -86,6 +87,33 @@ def test_shapes():
 def test_validate(fields, message):
     with pytest.raises(ValueError, match=message):
         make(**fields).validate(6)
+
+
+class Largest(TorchDispatchMode):
+    """Elements of the largest tensor that any operator within it returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor):
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_validate_needs_no_memory_per_entry(dtype):
+    """Artefacts of 10^10 entries are validated where they are mapped."""
+    probs = torch.full((3000,), 0.5, dtype=dtype)
+    probs[7] = torch.finfo(dtype).max
+    targets = SparseTargets(torch.tensor([0, 1000, 3000]), torch.arange(3000).int(), probs)
+    with Largest() as largest:
+        targets.validate(3000)
+    assert largest.elements < 10
+    with pytest.raises(ValueError, match="row 1 has id 2999, outside"):
+        targets.validate(2999)
 
 
 def test_validate_names_the_row_behind_empty_rows():

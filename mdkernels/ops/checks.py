@@ -114,9 +114,9 @@ def find_fault(row_offsets, token_ids, vocab, labels=None, ignore_index=-100):
         return "descending_offsets", row, int(row_offsets[row + 1])
     if int(row_offsets[-1]) != len(token_ids):
         return "last_offset", len(row_offsets) - 1, int(row_offsets[-1])
-    bad = (token_ids < 0) | (token_ids >= vocab)
-    if bool(bad.any()):
-        where = int(bad.nonzero()[0, 0])
+    # Two numbers instead of masks: targets may be maps larger than memory.
+    if not within(token_ids, 0, vocab - 1):
+        where = int(((token_ids < 0) | (token_ids >= vocab)).nonzero()[0, 0])
         row = int(torch.searchsorted(row_offsets, where, right=True)) - 1
         return "token_id", row, int(token_ids[where])
     if labels is not None:
@@ -125,6 +125,14 @@ def find_fault(row_offsets, token_ids, vocab, labels=None, ignore_index=-100):
             row = int(bad.nonzero()[0, 0])
             return "label", row, int(labels[row])
     return None
+
+
+def within(values: Tensor, low: float, high: float) -> bool:
+    """Whether all `values` lie in [low, high], which NaN does not. Makes no mask of them."""
+    if not values.numel():
+        return True
+    least, most = values.aminmax()
+    return bool((least >= low) & (most <= high))
 
 
 def raise_fault(fault, vocab: int) -> None:

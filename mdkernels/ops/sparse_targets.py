@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .checks import find_fault, plain_tensor, raise_fault
+from .checks import find_fault, plain_tensor, raise_fault, within
 
 PROB_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -92,8 +92,8 @@ class SparseTargets:
                 negative or non-finite probability.
         """
         raise_fault(find_fault(self.row_offsets, self.token_ids, vocab_size), vocab_size)
-        bad = ~(self.probs >= 0) | self.probs.isinf()
-        if bool(bad.any()):
+        if not within(self.probs, 0, torch.finfo(self.probs.dtype).max):
+            bad = ~(self.probs >= 0) | self.probs.isinf()
             where = int(bad.nonzero()[0, 0])
             row = int(torch.searchsorted(self.row_offsets, where, right=True)) - 1
             raise ValueError(
