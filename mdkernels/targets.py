@@ -30,6 +30,7 @@ from .ops.sparse_targets import SparseTargets
 from .target_rows import LabelledTargets, TargetRows
 
 DEFAULT_RELATIVE_TEMPERATURE = 0.05
+_STATS_ROWS = 1 << 18
 
 
 class TargetStore(TargetRows):
@@ -265,12 +266,26 @@ def _batch_sums(targets: SparseTargets, own_tokens: Tensor) -> dict[str, float]:
 
 
 def _stats(offsets_file: os.PathLike, sums: dict[str, float]) -> dict[str, Any]:
-    lengths = np.diff(np.memmap(offsets_file, np.dtype("<i8"), "r"))
-    p50, p99 = np.percentile(lengths, (50, 99))
+    """Of rows whose offsets may be a large part of memory: they are read a piece at a time."""
+    offsets = np.memmap(offsets_file, np.dtype("<i8"), "r")
+    rows, counts = len(offsets) - 1, np.zeros(1, np.int64)  # counts[n]: rows of n entries
+    for start in range(0, rows, _STATS_ROWS):
+        more = np.bincount(np.diff(offsets[start : start + _STATS_ROWS + 1]))
+        longest = max(len(counts), len(more))
+        counts = np.pad(counts, (0, longest - len(counts)))
+        counts[: len(more)] += more
     return {
-        "nnz_mean": float(lengths.mean()),
-        "nnz_p50": float(p50),
-        "nnz_p99": float(p99),
-        "empty_rows": int((lengths == 0).sum()),
-        **{name: total / len(lengths) for name, total in sums.items()},
+        "nnz_mean": float(offsets[-1] - offsets[0]) / rows,
+        "nnz_p50": _percentile(counts, 50),
+        "nnz_p99": _percentile(counts, 99),
+        "empty_rows": int(counts[0]),
+        **{name: total / rows for name, total in sums.items()},
     }
+
+
+def _percentile(counts: np.ndarray, percent: float) -> float:
+    """`np.percentile` of counts[n] times n."""
+    ranks = counts.cumsum()
+    place = (ranks[-1] - 1) * percent / 100
+    low, high = np.searchsorted(ranks, [np.floor(place), np.ceil(place)], side="right")
+    return float(low + (high - low) * (place % 1))

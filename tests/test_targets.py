@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -176,6 +177,28 @@ def test_stats_describe_the_rows(store, index, tmp_path):
         "own_token_prob": float(dense.gather(1, own).mean()),
     }
     assert targets.meta["stats"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 37, 1000, 2_000_000])
+def test_stats_of_many_rows_take_little_memory(tmp_path, monkeypatch, rows):
+    monkeypatch.setattr(T, "_STATS_ROWS", 100_000 if rows > 1000 else 7)
+    lengths = np.random.default_rng(rows).integers(0, 300, rows)
+    np.concatenate([[0], lengths.cumsum()]).astype("<i8").tofile(tmp_path / "offsets")
+    tracemalloc.start()
+    stats = T._stats(tmp_path / "offsets", {"top_prob": rows / 2})
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert stats == pytest.approx(
+        {
+            "nnz_mean": lengths.mean(),
+            "nnz_p50": np.percentile(lengths, 50),
+            "nnz_p99": np.percentile(lengths, 99),
+            "empty_rows": (lengths == 0).sum(),
+            "top_prob": 0.5,
+        },
+        rel=1e-12,
+    )
+    assert peak < 2 << 20
 
 
 def test_approximate_search_leaves_out_the_row_by_its_id(store, tmp_path):
