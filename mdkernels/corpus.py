@@ -149,7 +149,8 @@ def build_corpus(
         )
         offsets.append(np.zeros(1, np.int64))
         text_bytes, some_text = 0, False
-        with tqdm(desc="corpus", unit="B", unit_scale=True, disable=None) as progress:
+        total = None if sources is None else _text_size(sources)
+        with tqdm(desc="corpus", total=total, unit="B", unit_scale=True, disable=None) as progress:
             for batch in _batches(documents):
                 some_text = some_text or any(document.strip() for document in batch)
                 size = sum(_utf8_bytes(document) for document in batch)
@@ -254,6 +255,14 @@ def _sources(inputs: Any) -> list[str]:
         else:
             sources.append(name)
     return sources
+
+
+def _text_size(sources: list[str]) -> int | None:
+    """Bytes of all documents and the few of their separators; None where only reading would tell,
+    as of packed files."""
+    if not all(source.endswith(".txt") and not source.startswith("hf:") for source in sources):
+        return None
+    return sum(map(os.path.getsize, sources))
 
 
 def _documents(source: str, text_field: str, split: str) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """Text to token ids: formats, separators, windows, and what is refused. Also models.py."""
 
 import gzip
+import io
 import json
 import lzma
 import sys
@@ -21,6 +22,7 @@ from pipeline_fixtures import (
     tiny_model,
     tiny_tokenizer,
 )
+from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from mdkernels import corpus as C
@@ -81,6 +83,26 @@ def test_file_formats_give_the_same_corpus(tmp_path, suffix):
         tmp_path / f"file{suffix}", tiny_tokenizer(), tmp_path / "c", text_field="body"
     )
     assert corpus.token_ids.tolist() == ids_of(documents)
+
+
+@pytest.mark.parametrize(("suffix", "known"), [(".txt", True), (".txt.gz", False)])
+def test_the_bar_knows_how_much_plain_text_is_left(tmp_path, monkeypatch, suffix, known):
+    bars = []
+
+    def bar(**options):
+        bars.append(tqdm(**options | {"disable": False, "file": io.StringIO()}))
+        return bars[0]
+
+    monkeypatch.setattr(C, "tqdm", bar)
+    opener = gzip.open if suffix.endswith("gz") else open
+    with opener(tmp_path / f"a{suffix}", "wt", encoding="utf-8") as stream:
+        stream.write("\n<|endoftext|>\n".join(tiny_documents(6)))
+    built = build_corpus(tmp_path / f"a{suffix}", tiny_tokenizer(), tmp_path / "c")
+    assert bars[0].n == built.text_bytes
+    if known:
+        assert built.text_bytes <= bars[0].total <= built.text_bytes + 16 * 6
+    else:
+        assert bars[0].total is None
 
 
 def test_several_inputs_and_directories_keep_their_order(tmp_path):
