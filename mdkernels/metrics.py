@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,29 +91,43 @@ def check_finite(step: int, measures: Sequence[float]) -> None:
 def start_trackers(
     names: Sequence[str], directory: Path, settings: Mapping[str, Any], start: int
 ) -> list[Any]:
-    """accelerate's trackers, started; their files go to `directory`.
+    """accelerate's trackers, started; TensorBoard's files go to `directory`.
 
     `settings` are stored with the run. A TensorBoard of an interrupted run drops the steps behind
-    `start`, which are written again.
+    `start`, which are written again; a W&B run goes on under its id, kept in `directory`.
     """
     if not names:
         return []
+    from accelerate import PartialState
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
+    PartialState()  # some trackers log through accelerate, which refuses to without it
     trackers = []
     for name in names:
         tracker_class = LOGGER_TYPE_TO_CLASS[name]
         where = {"logging_dir": directory} if tracker_class.requires_logging_directory else {}
         more = {"purge_step": start + 1} if name == "tensorboard" and start else {}
+        if name == "wandb":
+            more = {"id": _wandb_id(directory, start), "resume": "allow"}
         tracker = tracker_class("mdkernels", **where, **more)
         tracker.start()
-        if start == 0:
+        if start == 0 or name != "tensorboard":  # TensorBoard would show them as one more run
             plain = (bool, int, float, str)
             tracker.store_init_configuration(
                 {k: v if isinstance(v, plain) else str(v) for k, v in settings.items()}
             )
         trackers.append(tracker)
     return trackers
+
+
+def _wandb_id(directory: Path, start: int) -> str:
+    file = directory / "wandb-id"
+    if start and file.exists():
+        return file.read_text(encoding="utf-8")
+    chosen = os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4)
+    directory.mkdir(parents=True, exist_ok=True)
+    file.write_text(chosen, encoding="utf-8")
+    return chosen
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -247,6 +247,47 @@ def test_tensorboard_gets_the_metrics_once_each(data, tmp_path):
     assert evaluated == [2, 4, 6, 8, 10, 12]
 
 
+def test_wandb_offline_is_one_run_across_an_interruption(data, tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    from accelerate import PartialState
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.chdir(tmp_path)  # where its folder goes
+    PartialState._reset_state()  # as in a fresh process
+    logged, runs, init = [], [], wandb.init
+
+    def started(**options):
+        run = init(**options)
+        log = run.log
+        run.log = lambda row, step: (logged.append((step, row)), log(row, step=step))
+        runs.append(run)
+        return run
+
+    monkeypatch.setattr(wandb, "init", started)
+
+    def score(_model, step, stop=None):
+        if step == stop:
+            raise Stop
+        return {"mixture_perplexity": 1.0 + step}
+
+    options = {"track": ["wandb"], "save_every": 2, "eval_every": 2}
+    with pytest.raises(Stop):
+        train(config(data, tmp_path / "out", **options), on_eval=partial(score, stop=6))
+    result = train(config(data, tmp_path / "out", **options), on_eval=score)
+    assert len(runs) == 2
+    assert runs[0].id == runs[1].id
+    for run in runs:
+        assert (run.project, run.config["lr"], run.config["block"]) == ("mdkernels", 3e-3, 32)
+        assert list(tmp_path.glob(f"wandb/offline-run-*-{run.id}/run-{run.id}.wandb"))
+    expected = {row["step"]: row["loss"] for row in steps(result)}
+    assert {step: row["loss"] for step, row in logged if "loss" in row} == expected
+    evaluated = [step for step, row in logged if "eval/mixture_perplexity" in row]
+    assert evaluated == [2, 4, 6, 8, 10, 12]
+    train(config(data, tmp_path / "other", **options), on_eval=score)
+    assert runs[2].id != runs[0].id
+
+
 # --- Ctrl-C
 
 
