@@ -117,7 +117,8 @@ def build_corpus(
         inputs: one path or several: UTF-8 `.txt` (documents separated by lines `<|endoftext|>`) or
             `.jsonl` (one document per line, in `text_field`), either of them also as .gz or .xz; a
             directory stands for all such files below it, sorted; `hf:NAME`, `hf:NAME:CONFIG` or
-            `hf:DIRECTORY` is the `split` of a Hugging Face dataset (needs the datasets package).
+            `hf:DIRECTORY` (of save_to_disk, or laid out as on the hub) is the `split` of a Hugging
+            Face dataset (needs the datasets package).
             With `as_text=True` an iterable of documents instead.
         tokenizer: loaded, or a local directory or hub id. It must have an eos token.
         out: directory to write, refused if it exists unless `overwrite`.
@@ -316,11 +317,21 @@ def _hub_documents(name: str, field: str, split: str) -> Iterator[str]:
         raise ValueError(
             f"inputs: hf:{name} needs the datasets package (pip install datasets)"
         ) from error
-    if Path(name).is_dir():
-        loaded = datasets.load_from_disk(name)
-        table = loaded[split] if isinstance(loaded, datasets.DatasetDict) else loaded
-    else:
-        table = datasets.load_dataset(*name.split(":", 1), split=split)
+    saved = any((Path(name) / file).is_file() for file in ("state.json", "dataset_dict.json"))
+    parts = [name] if Path(name).is_dir() else name.split(":", 1)
+    try:
+        if saved:  # by save_to_disk; any other directory is laid out as on the hub
+            table = datasets.load_from_disk(name)
+            if isinstance(table, datasets.DatasetDict):
+                if split not in table:
+                    raise ValueError(f"it has no such split, only {sorted(table)}")
+                table = table[split]
+        else:
+            table = datasets.load_dataset(*parts, split=split)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise ValueError(
+            f"inputs: hf:{name}, split {split!r} (--split), cannot be loaded: {error}"
+        ) from error
     if field not in table.column_names:
         raise ValueError(
             f"inputs: hf:{name} has no column {field!r}, only {table.column_names}; name it with "

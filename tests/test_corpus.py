@@ -233,6 +233,21 @@ def test_hub_datasets_say_what_is_missing(tmp_path):
     assert corpus.token_ids.tolist() == ids_of(DOCUMENTS)
     with pytest.raises(ValueError, match="no column 'text'"):
         build_corpus(source, tiny_tokenizer(), tmp_path / "e")
+    with pytest.raises(ValueError, match=r"split 'test' .*cannot be loaded: .*only \['train'\]"):
+        build_corpus(source, tiny_tokenizer(), tmp_path / "e", split="test")
+
+
+@pytest.mark.parametrize("layout", ["train.parquet", "data/train-00000-of-00001.parquet"])
+def test_hub_layout_in_a_directory(tmp_path, monkeypatch, layout):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / "d" / layout
+    file.parent.mkdir(parents=True)
+    datasets.Dataset.from_dict({"text": DOCUMENTS}).to_parquet(str(file))
+    corpus = build_corpus(f"hf:{tmp_path / 'd'}", tiny_tokenizer(), tmp_path / "c")
+    assert corpus.token_ids.tolist() == ids_of(DOCUMENTS)
+    with pytest.raises(ValueError, match=r"inputs: hf:.*split 'test' .*cannot be loaded: .*test"):
+        build_corpus(f"hf:{tmp_path / 'd'}", tiny_tokenizer(), tmp_path / "e", split="test")
 
 
 @pytest.mark.parametrize("value", [None, 7, ["a"]])
