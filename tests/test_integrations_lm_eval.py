@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from mixture_fixtures import oracle
 from pipeline_fixtures import save_tiny_pair, tiny_model, tiny_tokenizer
 
@@ -11,6 +12,8 @@ from mdkernels.mixture import MemoryMixture
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed")
 datasets = pytest.importorskip("datasets", reason="datasets is not installed")
 
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 
 from mdkernels.integrations.lm_eval import MixtureLM  # noqa: E402
@@ -120,6 +123,47 @@ def test_generate_until_equals_generate(results, mixture):
         tokens = mixture.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :]
         text = tiny_tokenizer().decode(tokens, skip_special_tokens=True)
         assert sample["filtered_resps"][0] == text
+
+
+def generated(model, prompts, **options):
+    requests = [
+        Instance(
+            "generate_until", {}, (prompt, {"until": ["never"], "max_gen_toks": 8} | options), 0
+        )
+        for prompt in prompts
+    ]
+    return model.generate_until(requests, disable_tqdm=True)
+
+
+def test_greedy_tasks_may_carry_sampling_options(mixture):
+    model = MixtureLM(mixture, tokenizer=tiny_tokenizer(), batch_size=2)
+    prompts = [row["q"] for row in ROWS]
+    unused = {"temperature": 0.0, "top_p": 0.95, "top_k": 5, "min_p": 0.1, "typical_p": 0.9}
+    found = generated(model, prompts, do_sample=False, **unused)
+    assert found == generated(model, prompts, do_sample=False)
+    torch.manual_seed(0)
+    drawn = generated(model, prompts, do_sample=True, **unused | {"temperature": 3.0})
+    assert drawn != found
+
+
+@pytest.mark.parametrize("others", [[], ["the tensor"]])
+def test_an_empty_prompt_starts_at_the_prefix_token(mixture, others):
+    model = MixtureLM(mixture, tokenizer=tiny_tokenizer(), batch_size=2)
+    tokens = mixture.generate(torch.zeros(1, 1, dtype=torch.int64), max_new_tokens=8)[0, 1:]
+    wanted = tiny_tokenizer().decode(tokens, skip_special_tokens=True)
+    assert generated(model, [*others, ""], do_sample=False)[-1] == wanted
+
+
+def test_a_hugging_face_model_of_the_mixture_gives_the_same(mixture):
+    """The harness's own way: log-softmax of whole logits."""
+    options = {"tokenizer": tiny_tokenizer(), "batch_size": 2}
+    ours, theirs = MixtureLM(mixture, **options), HFLM(mixture, max_length=64, **options)
+    texts = [(row["q"] * n, choice) for row in ROWS for choice in row["choices"] for n in (1, 30)]
+    pairs = [Instance("loglikelihood", {}, pair, 0) for pair in [*texts, ("", "the tensor")]]
+    found, wanted = (lm.loglikelihood(pairs, disable_tqdm=True) for lm in (ours, theirs))
+    for (logprob, greedy), (their_logprob, their_greedy) in zip(found, wanted, strict=True):
+        assert logprob == pytest.approx(their_logprob, abs=2e-5)
+        assert greedy == their_greedy
 
 
 def test_automatic_batches_and_live_models(mixture):

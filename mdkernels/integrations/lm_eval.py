@@ -111,6 +111,18 @@ class MixtureLM(HFLM):
                 self.cache_hook.add_partial("loglikelihood", texts, tuple(score))
         return [tuple(score) for score in scores]
 
+    def tok_batch_encode(self, strings, *args: Any, **options: Any):
+        """An empty prompt is continued from the prefix token, as its log-likelihoods are."""
+        prefix = self.tok_decode([self.prefix_token_id], skip_special_tokens=False)
+        strings = [one if self.tok_encode(one) else prefix for one in strings]
+        return super().tok_batch_encode(strings, *args, **options)
+
+    def _model_generate(self, context, max_length: int, stop: list[str], **options: Any):
+        """Greedy tasks may carry sampling options; a mixture refuses what it would ignore."""
+        if options.get("do_sample") is False:
+            options = {k: v for k, v in options.items() if k not in _OF_SAMPLING}
+        return super()._model_generate(context, max_length, stop, **options)
+
 
 def _device(name: str | None) -> torch.device:
     if name == "cuda:0" and not torch.cuda.is_available():
@@ -129,6 +141,7 @@ _OPTIONS = {
     "enable_thinking",
     "think_end_token",
 }
+_OF_SAMPLING = {"temperature", "top_k", "top_p", "top_h", "min_p", "typical_p"}
 
 
 if __name__ == "__main__":
