@@ -6,6 +6,7 @@ is fitted on a validation corpus and reported on the test corpus, with bootstrap
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -23,8 +24,8 @@ from .checkpoint import sync_path
 from .corpus import Corpus, open_corpus
 from .evaluate_report import format_table, plot_path, write_plot
 from .mix_weight import check_weights, fit_mix_weight, mixture_logprobs, weight_curve
-from .models import load_model, model_id
-from .scoring import check_sizes, gold_logprobs, knn_logprobs
+from .models import load_config, load_model, model_id
+from .scoring import check_context, check_sizes, gold_logprobs, knn_logprobs
 from .tokenizer_check import check_tokenizers
 from .train_config import DTYPES, resolve_device
 from .value_checks import check_choice
@@ -86,7 +87,11 @@ def evaluate(
     weights = None if mix_weight is None else check_weights(mix_weight, len(memories))
     plotted = plot_path(Path(out), bool(memories)) if plot and out is not None else None
     _check_plan(memories, corpus, valid, weights, [out, plotted], overwrite)
-    check_tokenizers([base, *memories], [corpus] + ([valid] if valid is not None else []))
+    corpora = [corpus] + ([valid] if valid is not None else [])
+    check_tokenizers([base, *memories], corpora)
+    for source, one in itertools.product([base, *memories], corpora):
+        name = model_id(source) if isinstance(source, torch.nn.Module) else str(source)
+        check_context(load_config(source), name, one, block)
     began = time.perf_counter()
     fit_corpora = [valid] if weights is None and memories else []
     scores, ids = [], []

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from .batches import Batch, WindowBatches
 from .corpus import Corpus, open_corpus, windows
 from .memory_loss import one_text_per_window
+from .mixture_config import context_length
 from .models import lm_head, model_id
 from .ops.knn_targets import knn_targets
 from .ops.linear_token_logprobs import linear_token_logprobs
@@ -193,8 +194,12 @@ def _check_fits(model, corpus: Corpus, block: int) -> None:
             f"model {name}: its LM head has {head.weight.shape[0]} tokens, the corpus at "
             f"{corpus.path} has a vocabulary of {corpus.vocab_size}; use a model of that tokenizer"
         )
-    context = getattr(model.config, "max_position_embeddings", None)
-    length = min(block, corpus.num_rows)
+    check_context(model.config, name, corpus, block)
+
+
+def check_context(config, name: str, corpus: Corpus, block: int) -> None:
+    """Raise ValueError unless a model of this configuration can read windows of `block` tokens."""
+    context, length = context_length(config), min(block, corpus.num_rows)
     if context is not None and length > context:
         raise ValueError(
             f"block: {block} tokens do not fit the context of model {name}, {context}; use a "

@@ -265,6 +265,10 @@ def test_a_plan_that_cannot_work_fails_before_scoring(text, tmp_path, monkeypatc
     for ignored in ({"memory": memory, "mix_weight": 0.5}, {"memory": None}):
         with pytest.raises(ValueError, match="is for fitting the mix weight, but"):
             evaluate(base, corpus=corpus, valid=text[1], block=32, **ignored)
+    narrow = tiny_model("llama")
+    narrow.config.max_position_embeddings = 16
+    with pytest.raises(ValueError, match="block: 32 tokens do not fit the context of model Llama"):
+        evaluate(base, [memory, narrow], corpus, mix_weight=[0.2, 0.3], block=32)
     out = tmp_path / "eval.json"
     out.write_text("precious")
     with pytest.raises(FileExistsError, match="overwrite"):
