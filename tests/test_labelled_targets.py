@@ -1,9 +1,12 @@
 """Targets that other software made: used as they are, compared with the corpus row by row."""
 
+import io
+
 import numpy as np
 import pytest
 import torch
 from pipeline_fixtures import tiny_model
+from tqdm import tqdm
 from train_fixtures import config, make_corpus, make_targets, same, steps, weights
 
 from mdkernels import SparseTargets
@@ -137,9 +140,16 @@ def test_an_imported_file_is_an_artefact_of_its_corpus(data, pair, tmp_path, mon
     corpus, (targets, labels) = data[0], pair
     path = tmp_path / "knn.arrow"
     official.write_targets(path, targets, labels)
+    bars = []
+
+    def bar(**options):
+        bars.append(tqdm(**options | {"disable": False, "file": io.StringIO()}))
+        return bars[0]
+
+    monkeypatch.setattr(official, "tqdm", bar)
     imported = official.import_targets(path, corpus, tmp_path / "targets")
     read, _ = official.read_targets(path)
-    assert imported.num_rows == corpus.num_rows
+    assert imported.num_rows == corpus.num_rows == bars[0].total == bars[0].n
     for name in ("row_offsets", "token_ids", "probs"):
         assert torch.equal(getattr(imported.rows(0, corpus.num_rows), name), getattr(read, name))
     from_file = train(config((corpus, path), tmp_path / "a", max_steps=2))

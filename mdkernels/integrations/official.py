@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from ..artifact import ArtifactError
 from ..artifact_writer import ArtifactWriter
@@ -104,7 +105,8 @@ def import_targets(
         "config": {"knn_temperature": None, "source": Path(path).name},
         "inputs": {Corpus.kind: corpus.content_id},
     }
-    with ArtifactWriter(out, TargetStore.kind, header, overwrite=overwrite) as writer:
+    bar = tqdm(desc="import", total=corpus.num_rows, unit="row", unit_scale=True, disable=None)
+    with ArtifactWriter(out, TargetStore.kind, header, overwrite=overwrite) as writer, bar:
         offsets = writer.array("row_offsets", "int64")
         token_ids, probs = writer.array("token_ids", "int32"), writer.array("probs", "float32")
         offsets.append(np.zeros(1, np.int64))
@@ -121,6 +123,7 @@ def import_targets(
             offsets.append(targets.row_offsets[1:].numpy() + token_ids.rows)
             token_ids.append(targets.token_ids.numpy())
             probs.append(targets.probs.numpy())
+            bar.update(len(labels))
         check_num_rows(offsets.rows - 1, corpus)
         return TargetStore(writer.commit())
 
