@@ -221,7 +221,7 @@ def head_is_last(model, token_ids: np.ndarray | Tensor) -> bool:
         # Exact in every dtype; 0 shows an offset, large values show a factor or a limit.
         marks = (torch.arange(logits.numel(), device=logits.device) % 3 - 1) * 2.0**14
         heads.append((inputs[0], logits, marks.to(logits.dtype).view_as(logits)))
-        return heads[-1][-1]
+        return heads[-1][-1].clone()  # some families change them in place
 
     was_training = model.training
     model.eval()

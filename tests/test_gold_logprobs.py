@@ -139,6 +139,22 @@ def test_a_cap_is_seen_before_the_logits_have_grown_to_it(text):
     assert (found - naive_logprobs(larger, text[0], 32, 16)).abs().max() < 3e-6
 
 
+@pytest.mark.parametrize("change", [lambda x: x.mul_(0.5), lambda x: x[..., 3].fill_(-9.0)])
+def test_a_change_in_place_is_seen(text, monkeypatch, change):
+    """xLSTM caps its logits so, Chameleon takes its image tokens out."""
+    model = tiny_model("llama")
+    forward = type(model).forward
+
+    def changed(self, *args, **options):
+        output = forward(self, *args, **options)
+        change(output.logits)
+        return output
+
+    monkeypatch.setattr(type(model), "forward", changed)
+    with pytest.raises(ValueError, match="changes its logits after the LM head"):
+        check_scorable(model, text[0], 32)
+
+
 def test_scoring_never_searches_for_packed_texts(text, monkeypatch):
     """What it found would be read by the host: one wait for the device per forward."""
     from transformers import masking_utils
