@@ -225,7 +225,8 @@ def head_is_last(model, token_ids: np.ndarray | Tensor) -> bool:
 
     was_training = model.training
     model.eval()
-    with torch.inference_mode(), unpadded(model), head.register_forward_hook(answer):
+    eager = torch.compiler.set_stance("force_eager")  # compiled code would not see the hook
+    with torch.inference_mode(), unpadded(model), head.register_forward_hook(answer), eager:
         found = model(input_ids=probe, use_cache=False).logits
         hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
     model.train(was_training)

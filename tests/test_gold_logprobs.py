@@ -155,6 +155,17 @@ def test_a_change_in_place_is_seen(text, monkeypatch, change):
         check_scorable(model, text[0], 32)
 
 
+def test_the_head_of_a_compiled_model_is_seen(text):
+    model = tiny_model("llama")
+    model.compile(backend="eager")
+    inputs = torch.arange(8)[None]  # as many as the probe reads
+    with torch.inference_mode():
+        before = model(input_ids=inputs, use_cache=False).logits
+    check_scorable(model, text[0], 32)
+    with torch.inference_mode():
+        assert torch.equal(model(input_ids=inputs, use_cache=False).logits, before)
+
+
 def test_scoring_never_searches_for_packed_texts(text, monkeypatch):
     """What it found would be read by the host: one wait for the device per forward."""
     from transformers import masking_utils
