@@ -43,16 +43,18 @@ def build_faiss(
     checkpoint_seconds: float,
 ) -> None:
     """Write the index of all `keys` as `file` of the artefact. Arguments as of `build_index`."""
-    faiss = import_faiss(factory)
-    path, saved = writer.file(file), time.monotonic()
+    faiss, saved = import_faiss(factory), time.monotonic()
+    writer.file(file)
     bar = tqdm(total=len(keys), unit="key", unit_scale=True, disable=None)
     with bar as progress:
         index = _resumed(faiss, writer)
         if index is None:
             index = _trained(faiss, keys, factory, train_rows, seed, progress)
             if time.monotonic() - saved >= checkpoint_seconds:
-                _checkpoint(faiss, writer, index)
+                _checkpoint(faiss, writer, index, f"added-{index.ntotal}.faiss")
                 saved = time.monotonic()
+        elif writer.state["file"] == file:  # whole: the commit was cut off
+            return
         progress.set_description("index")
         progress.initial = progress.n = index.ntotal
         progress.unpause()  # the rate, and with it the time left, is that of adding alone
@@ -61,10 +63,9 @@ def build_faiss(
             index.add(block)
             progress.update(len(block))
             if time.monotonic() - saved >= checkpoint_seconds:
-                _checkpoint(faiss, writer, index)
+                _checkpoint(faiss, writer, index, f"added-{index.ntotal}.faiss")
                 saved = time.monotonic()
-    _write(faiss, index, path)
-    _remove_others(writer, None)
+    _checkpoint(faiss, writer, index, file)
 
 
 def _trained(faiss, keys: np.ndarray, factory: str, train_rows: int | None, seed: int, progress):
@@ -85,8 +86,7 @@ def _trained(faiss, keys: np.ndarray, factory: str, train_rows: int | None, seed
     return index
 
 
-def _checkpoint(faiss, writer: ArtifactWriter, index) -> None:
-    name = f"added-{index.ntotal}.faiss"
+def _checkpoint(faiss, writer: ArtifactWriter, index, name: str) -> None:
     path = writer.work / name
     _write(faiss, index, path)
     with open(path, "rb") as stream:
@@ -108,7 +108,7 @@ def _resumed(faiss, writer: ArtifactWriter) -> Any:
     return None
 
 
-def _remove_others(writer: ArtifactWriter, kept: str | None) -> None:
+def _remove_others(writer: ArtifactWriter, kept: str) -> None:
     for path in writer.work.glob("added-*.faiss"):
         if path.name != kept:
             path.unlink()

@@ -5,6 +5,7 @@ import pytest
 from pipeline_fixtures import tiny_documents, tiny_model, tiny_tokenizer
 
 from mdkernels import faiss_build
+from mdkernels.artifact_writer import ArtifactWriter
 from mdkernels.corpus import build_corpus
 from mdkernels.datastore import build_datastore
 from mdkernels.index import build_index
@@ -21,8 +22,7 @@ def store(tmp_path_factory):
 
 @pytest.fixture
 def cut_off(monkeypatch):
-    """Builds whose checkpoints come after each block of keys, the first build ending at the
-    third."""
+    """Builds whose checkpoints come after each block of keys; the third of all ends its build."""
     monkeypatch.setattr(faiss_build, "ADD_ROWS", 64)
     checkpoint, calls = faiss_build._checkpoint, []
 
@@ -48,6 +48,24 @@ def test_an_interrupted_build_continues(store, tmp_path, monkeypatch, cut_off, f
     assert resumed.content_id == whole.content_id
     assert sorted(p.name for p in resumed.path.iterdir()) == ["index.faiss", "meta.json"]
     assert not (tmp_path / "i.partial").exists()
+
+
+def test_a_commit_that_is_cut_off_leaves_the_whole_index(store, tmp_path, monkeypatch):
+    """It reads all of it again, for minutes where it is large."""
+
+    def stop(*_, **__):
+        raise RuntimeError("cut off")
+
+    whole = build_index(store, tmp_path / "whole", "IVF8,Flat")
+    with monkeypatch.context() as patch:
+        patch.setattr(ArtifactWriter, "commit", stop)
+        with pytest.raises(RuntimeError, match="cut off"):
+            build_index(store, tmp_path / "i", "IVF8,Flat")
+    for step in ("_trained", "_write"):
+        monkeypatch.setattr(faiss_build, step, stop)
+    resumed = build_index(store, tmp_path / "i", "IVF8,Flat")
+    assert resumed.content_id == whole.content_id
+    assert sorted(p.name for p in resumed.path.iterdir()) == ["index.faiss", "meta.json"]
 
 
 @pytest.mark.parametrize("damage", ["altered", "missing"])
