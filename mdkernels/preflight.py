@@ -51,6 +51,11 @@ def check_base(base, model) -> None:
                 f"base: shares {trained[id(parameter)]} with model, which is trained in place; "
                 "pass copy.deepcopy(base) as model"
             )
+    if base is model:  # frozen, which adapters leave it
+        raise ValueError(
+            "base: is the model itself, which gets its adapters in place; pass "
+            "copy.deepcopy(base) as model"
+        )
 
 
 def tokenizer_of(config: TrainConfig, corpus):

@@ -211,6 +211,9 @@ def test_what_cannot_work_here_is_refused_before_the_first_step(data, tmp_path, 
     live = tiny_model("llama")
     with pytest.raises(ValueError, match=r"base: shares model\.embed\S+ with model, .* in place"):
         train(config(data, tmp_path / "out", model=live, base=live, valid=data[0]))
+    live.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"base: is the model itself, .* adapters in place"):
+        train(config(data, tmp_path / "out", model=live, base=live, valid=data[0], lora=2))
     with pytest.raises(ValueError, match=r"unknown tracker 'tensorbord', expected .*tensorboard"):
         train(config(data, tmp_path / "out", track=["tensorbord"]))
     with pytest.raises(ImportError, match="track: aim is not installed: pip install aim"):
