@@ -85,9 +85,10 @@ def decode(
 
 def decoding_cache(request: Request) -> MixtureCache:
     """The fastest empty cache: on a GPU a static one, for graphs, unless rows that reject drafts
-    share it or a window slides; else one that grows in place."""
+    share it, a window slides or a layer keeps a state; else one that grows in place."""
     uneven = bool(request.draft_tokens) and len(request.input_ids) > 1
-    if request.input_ids.device.type == "cuda" and not uneven and not any(request.cache.is_sliding):
+    odd = any(request.cache.is_sliding) or any(request.cache.is_stateful)
+    if request.input_ids.device.type == "cuda" and not uneven and not odd:
         return request.mixture.new_cache(request.input_ids.shape[1] + request.max_new_tokens - 1)
     return MixtureCache([growing_cache(model.config) for model in request.mixture.models])
 

@@ -122,6 +122,12 @@ def fast_decode(
             "continue a batch"
         )
     check_draft(request)
+    stateful_static = cache.is_compileable and any(cache.is_stateful)
+    if stateful_static and mask is not None and not bool(mask.all()):
+        raise ValueError(
+            "cache: static, with padded rows and a model whose layers keep a state (Mamba, linear "
+            "attention), which would not decode as they do alone; use the dynamic cache"
+        )
     if not own and generation_config.cache_implementation is None:
         request.cache = decoding_cache(request)
     decoded = run(request)

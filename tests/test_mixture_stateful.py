@@ -47,6 +47,19 @@ def test_what_a_state_cannot_do_is_refused():
         mixture.generate(ids, prompt_lookup_num_tokens=2, **options)
 
 
+def test_padding_in_a_static_cache_is_refused():
+    """Such rows would come out otherwise than alone; whole ones are right."""
+    mixture = MemoryMixture(tiny_model("llama"), mamba(), 0.6)
+    ids, mask = left_padded(prompts())
+    options = {"custom_generate": fast_decode, "max_new_tokens": 6, **PLAIN}
+    static = options | {"cache_implementation": "static"}
+    with pytest.raises(ValueError, match=r"cache: static, with padded rows .* keep a state"):
+        mixture.generate(ids, attention_mask=mask, **static)
+    whole = ids[-1:]
+    assert mask[-1].all()
+    assert torch.equal(mixture.generate(whole, **static), mixture.generate(whole, **options))
+
+
 def test_a_family_without_a_cache_is_refused():
     rwkv = RwkvForCausalLM(RwkvConfig(attention_hidden_size=32, **SIZES))
     with pytest.raises(TypeError, match=r"memory: RwkvForCausalLM takes no \w+, .* would forget"):
