@@ -4,7 +4,6 @@ it."""
 import dataclasses
 import os
 import signal
-from functools import partial
 
 import pytest
 import torch
@@ -229,18 +228,23 @@ def test_what_cannot_work_here_is_refused_before_the_first_step(data, tmp_path, 
 # --- trackers
 
 
-def test_tensorboard_gets_the_metrics_once_each(data, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+def tracked(data, out, tracker, stop=None):
+    """A run whose metrics go to `tracker`; cut off at step `stop`, or whole, from where it was."""
 
-    def score(_model, step, stop=None):
+    def score(_model, step):
         if step == stop:
             raise Stop
         return {"mixture_perplexity": 1.0 + step}
 
-    options = {"track": ["tensorboard"], "save_every": 2, "eval_every": 2}
+    return train(config(data, out, track=[tracker], save_every=2, eval_every=2), on_eval=score)
+
+
+def test_tensorboard_gets_the_metrics_once_each(data, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     with pytest.raises(Stop):
-        train(config(data, tmp_path / "out", **options), on_eval=partial(score, stop=6))
-    result = train(config(data, tmp_path / "out", **options), on_eval=score)
+        tracked(data, tmp_path / "out", "tensorboard", stop=6)
+    result = tracked(data, tmp_path / "out", "tensorboard")
     events = EventAccumulator(str(result.path / "tracking" / "mdkernels")).Reload()
     losses = {event.step: event.value for event in events.Scalars("loss")}
     assert len(events.Scalars("loss")) == 12
@@ -269,15 +273,9 @@ def test_wandb_offline_is_one_run_across_an_interruption(data, tmp_path, monkeyp
 
     monkeypatch.setattr(wandb, "init", started)
 
-    def score(_model, step, stop=None):
-        if step == stop:
-            raise Stop
-        return {"mixture_perplexity": 1.0 + step}
-
-    options = {"track": ["wandb"], "save_every": 2, "eval_every": 2}
     with pytest.raises(Stop):
-        train(config(data, tmp_path / "out", **options), on_eval=partial(score, stop=6))
-    result = train(config(data, tmp_path / "out", **options), on_eval=score)
+        tracked(data, tmp_path / "out", "wandb", stop=6)
+    result = tracked(data, tmp_path / "out", "wandb")
     assert len(runs) == 2
     assert runs[0].id == runs[1].id
     for run in runs:
@@ -287,7 +285,7 @@ def test_wandb_offline_is_one_run_across_an_interruption(data, tmp_path, monkeyp
     assert {step: row["loss"] for step, row in logged if "loss" in row} == expected
     evaluated = [step for step, row in logged if "eval/mixture_perplexity" in row]
     assert evaluated == [2, 4, 6, 8, 10, 12]
-    train(config(data, tmp_path / "other", **options), on_eval=score)
+    tracked(data, tmp_path / "other", "wandb")
     assert runs[2].id != runs[0].id
 
 
