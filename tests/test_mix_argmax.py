@@ -112,13 +112,13 @@ def test_one_model_alone(backend):
 
 
 @pytest.mark.interpreted(backend="triton")
-def test_nan_rows_give_zero_as_torch_does(backend):
+def test_rows_without_a_distribution_give_minus_one(backend):
     base, memory = pair(4, 3000)
     base[1, 2999], memory[2, 5], memory[3] = math.nan, math.inf, -math.inf
     got = mix_argmax(base, memory, 0.5, backend=backend)
-    assert got[1:].tolist() == [0, 0, 0]
+    assert got[1:].tolist() == [-1, -1, -1]
     for row in range(1, 4):
-        assert mix_argmax(base[row : row + 1], memory[row : row + 1], 0.5, backend=backend) == 0
+        assert mix_argmax(base[row : row + 1], memory[row : row + 1], 0.5, backend=backend) == -1
 
 
 @pytest.mark.interpreted(backend="triton")
@@ -191,7 +191,7 @@ def test_errors_name_the_argument(backend):
     base, memory = pair(2, 9)
     weights = torch.tensor([0.5, 1.5])
     if backend in UNCHECKED:
-        assert mix_argmax(base, memory, weights, backend=backend)[1] == 0
+        assert mix_argmax(base, memory, weights, backend=backend)[1] == -1
     else:
         with pytest.raises(ValueError, match=r"mix_weight: row 1 has 1\.5"):
             mix_argmax(base, memory, weights, backend=backend)

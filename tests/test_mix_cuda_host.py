@@ -133,7 +133,7 @@ def test_logprobs_and_bad_rows(launch):
         test_logit_mix.test_bad_rows_are_nan_and_only_those,
         test_logit_mix.test_row_weights_of_zero_and_one_ignore_nan,
         test_logit_mix.test_several_memories,
-        test_mix_argmax.test_nan_rows_give_zero_as_torch_does,
+        test_mix_argmax.test_rows_without_a_distribution_give_minus_one,
         test_mix_argmax.test_several_memories_row_weights_and_widths,
         test_mix_sample.test_component,
         test_mix_sample.test_logprobs_of_a_list_and_of_a_dropped_model,

@@ -31,6 +31,7 @@ from mix_sample_oracle import draw, exponentials
 
 import mdkernels
 from mdkernels import BackendUnavailable, MixSampleOutput
+from mdkernels.ops.mix_sample import arguments
 
 backend = mix_fixtures.backend
 FILTERS = {
@@ -288,6 +289,12 @@ def test_rows_without_a_distribution(backend):
     base, memory = pair(5, 3000)
     base[3, 17] = math.nan
     memory[4] = -math.inf
+    options = {"seeds": 0, "return_logprobs": True, "backend": backend}
+    got = mix_sample(base, memory, 0.5, temperature=0.0, **options)
+    assert (got.tokens[:3] >= 0).all()
+    assert got.tokens[3:].tolist() == [-1, -1]
+    for table in got[1:]:
+        assert table.isnan().tolist() == [False, False, False, True, True]
     if backend in UNCHECKED:
         got = mix_sample(base, memory, 0.5, seeds=0, return_logprobs=True, backend=backend)
         assert (got.tokens[:3] >= 0).all()
@@ -300,6 +307,25 @@ def test_rows_without_a_distribution(backend):
             mix_sample(base[rows], memory[rows], 0.5, seeds=0, backend=backend)
     with threads(2), pytest.raises(ValueError, match="row 0 holds NaN"):
         mix_sample(base[4:], memory[4:], 0.5, seeds=0, backend=backend)
+
+
+@pytest.mark.interpreted(backend="triton")
+def test_log_probabilities_of_no_token_are_nan(backend):
+    """Not those of the row before, or a device that stops."""
+    base, memory = pair(3, 40)
+    tokens = torch.tensor([-1, 40, 7])
+    base, memory, tokens = place((base, memory, tokens), backend)
+    table = torch.ops.mdk.mix_sample_logprobs(
+        base, [memory], None, [0.5, 0.5], 1.0, tokens, backend
+    )
+    assert table.isnan().all(1).tolist() == [True, True, False]
+    assert table[2].isfinite().all()
+
+
+def test_greedy_draws_expand_no_seeds(monkeypatch):
+    base, memory = pair(3, 40)
+    monkeypatch.setattr(arguments, "row_seeds", lambda *_: pytest.fail("not read"))
+    assert mix_sample(base, memory, 0.5, seeds=1, temperature=0.0).shape == (3,)
 
 
 def test_inputs_that_require_grad(backend):

@@ -258,7 +258,12 @@ def test_places_without_a_distribution(backend, greedy):
     if backend in UNCHECKED:
         got = mix_verify(base[:2], memory[:2], 1e-6, ids[:2], **options)
         end = got.tokens[0, got.num_accepted[0]]
-        assert end == (0 if greedy else -1) if got.num_accepted[0] == 2 else end >= 0
+        assert end == -1 if got.num_accepted[0] == 2 else end >= 0
+        nothing = torch.full_like(base[:1], math.nan)
+        for draft in (0, -1):  # neither stands for a token that nothing asks for
+            got = mix_verify(nothing, memory[:1], 0.5, torch.full((1, 2), draft), **options)
+            assert got.num_accepted.tolist() == [0]
+            assert got.tokens.tolist() == [[-1, -1, -1]]
         return
     always = {"mix_weight": 1e-6, "draft_ids": base[:1, :2].argmax(2), **options}
     one = [x[:1] * 30 for x in (base, memory)]  # peaked: all are accepted

@@ -164,7 +164,7 @@ Fault mix_argmax(const MixArgs& args, int64_t* ids, int requested) {
   const auto search = [&](int64_t row, const bool* needed, const MixScratch& scratch, int64_t begin,
                           int64_t end) {
     const MixRow mix(args, row, needed, scratch);
-    Best best = {-std::numeric_limits<float>::infinity(), 0};
+    Best best = {-std::numeric_limits<float>::infinity(), -1};
     if (!mix.valid) return best;
     const float* maxima[kMixTerms];
     for (int i = 0; i < mix.count; ++i)
@@ -209,7 +209,7 @@ Fault mix_argmax(const MixArgs& args, int64_t* ids, int requested) {
       const Best& other = found[thread * args.rows + row];
       if (other.id >= 0 && (best.id < 0 || other.score > best.score)) best = other;
     }
-    ids[row] = std::max<int64_t>(best.id, 0);
+    ids[row] = best.id;
   }
   return no_fault;
 }

@@ -128,6 +128,10 @@ void mix_logprobs(const MixArgs& args, const int64_t* tokens, float* out, int re
     const MixRow mix(args, row, needed, sums);
     const int64_t token = tokens[row];
     float* to = out + row * (1 + terms);
+    if (token < 0 || token >= args.width) {  // -1: the row had no distribution to draw from
+      std::fill(to, to + 1 + terms, std::numeric_limits<float>::quiet_NaN());
+      return;
+    }
     if (mix.valid)
       kernels().mix.write(mix.terms, mix.count, token, token + 1, 0.0f, to, 0);
     else

@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kMixThreads, 3)
         if (keys[i] < best.key) best = {keys[i], c + i - before};
     }
     best = cluster_best(best, s, 0);
-    if (cluster_rank() == 0 && thread_index() == 0) a.ids[row] = valid && best.id > 0 ? best.id : 0;
+    if (cluster_rank() == 0 && thread_index() == 0) a.ids[row] = valid ? best.id : -1;
     if (row + step < a.mix.rows) cluster_sync();  // the next row reuses the shared memory
   }
 }

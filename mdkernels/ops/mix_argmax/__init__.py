@@ -32,8 +32,8 @@ def mix_argmax(
     Args: as `logit_mix`.
 
     Returns:
-        (N,) int64. Of equal candidates the smallest id; 0 for a row that `logit_mix` makes NaN, as
-        torch.argmax does.
+        (N,) int64. Of equal candidates the smallest id; -1, as from `mix_sample`, for a row that
+        `logit_mix` makes NaN, where torch.argmax would name a token.
 
     Raises:
         ValueError, TypeError: as `logit_mix`.

@@ -109,4 +109,4 @@ def best_kernel(
         )
         _, winner = tl.max(tops, 0, return_indices=True, return_indices_tie_break_left=True)
         found = tl.load(best_ids + row * parts + winner, cache_modifier=".cg").to(tl.int64)
-        tl.store(ids + row, tl.where(valid, found, 0))
+        tl.store(ids + row, tl.where(valid, found, -1))

@@ -73,14 +73,15 @@ def mix_sample(
 
     In distribution equivalent to applying, in the order of Hugging Face, temperature, top-k, top-p
     and min-p to ``logit_mix(...)`` and calling ``torch.multinomial`` on its softmax. The draw
-    itself is a function of (logits, seed, offset) of its row and of nothing else: the same request
-    gives the same token in any batch, at any slot, with any number of threads, on any backend
-    (up to rounding of the logits' arithmetic).
+    itself is a function of (logits, seed, offset) of its row and of `mode`, and of nothing else:
+    the same request gives the same token in any batch, at any slot, with any number of threads, on
+    any backend (up to rounding of the logits' arithmetic).
 
     Args:
         base_logits, memory_logits, mix_weight, memory_temperature: as `logit_mix`.
         seeds: (N,) int64, the random stream of each row. An int is a shorthand for rows that are
-            not requests of their own: row i gets the i-th seed derived from it.
+            not requests of their own: row i gets the i-th seed derived from it, which takes longer
+            than a small draw.
         offsets: (N,) int64 or int, the position within the stream: count one up per token drawn,
             or draws repeat. None is 0.
         temperature: divides the log-probabilities of the mixture; 0 is greedy, `mix_argmax`.
@@ -99,7 +100,8 @@ def mix_sample(
 
     Raises:
         ValueError, TypeError: a shape, dtype, device or value outside the above; on the CPU, a row
-            that `logit_mix` makes NaN (elsewhere its token is -1).
+            that `logit_mix` makes NaN (elsewhere and at temperature 0 its token is -1, its
+            log-probabilities are NaN).
         BackendUnavailable: the named backend cannot run here.
     """
     temperature, top_k, top_p, min_p = filters = sampling(temperature, top_k, top_p, min_p)
@@ -118,7 +120,7 @@ def mix_sample(
         quick = plain(op, *given, backend, need)
     module, arguments = quick or (None, canonical(*given))
     base = arguments[0]
-    seeds, offsets = streams(seeds, offsets, base.shape[0], base.device)
+    seeds, offsets = streams(seeds, offsets, base.shape[0], base.device, temperature > 0.0)
     if module is not None:
         drawn = () if temperature == 0.0 else (*filters, seeds, offsets)
         return module.forward(*arguments, *drawn)

@@ -39,10 +39,11 @@ def plain_streams(seeds, offsets) -> bool:
     )
 
 
-def streams(seeds, offsets, rows: int, device) -> tuple[Tensor, Tensor]:
-    """(rows,) int64 seeds and offsets; an int of the former is expanded to one stream per row."""
+def streams(seeds, offsets, rows: int, device, drawn: bool = True) -> tuple[Tensor, Tensor]:
+    """(rows,) int64 seeds and offsets; an int of the former is expanded to one stream per row,
+    some fifteen small operations. Greedy decoding (not `drawn`) has them checked only."""
     if isinstance(seeds, int):
-        seeds = row_seeds(seeds, rows, device)
+        seeds = (row_seeds if drawn else _no_seeds)(seeds, rows, device)
     else:
         checks.integer_vector("seeds", seeds, rows, device, of="base_logits")
     if offsets is None or isinstance(offsets, int):
@@ -51,3 +52,7 @@ def streams(seeds, offsets, rows: int, device) -> tuple[Tensor, Tensor]:
     else:
         checks.integer_vector("offsets", offsets, rows, device, of="base_logits")
     return seeds, offsets
+
+
+def _no_seeds(seed: int, rows: int, device) -> Tensor:
+    return torch.zeros(rows, dtype=torch.int64, device=device)

@@ -74,8 +74,9 @@ def logprobs(
     for model in logit_mix.log_softmaxes(base_logits, memory_logits, memory_temperature):
         missing = width - model.shape[1]
         rows.append(torch.nn.functional.pad(model, (0, missing), value=-math.inf))
-    gold = tokens[:, None]
-    return torch.cat([row.gather(1, gold) for row in rows], 1)
+    known = ((tokens >= 0) & (tokens < width))[:, None]  # -1: nothing could be drawn
+    gold = torch.where(known, tokens[:, None], 0)
+    return torch.cat([row.gather(1, gold) for row in rows], 1).masked_fill(~known, math.nan)
 
 
 def filter_scores(scores: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:

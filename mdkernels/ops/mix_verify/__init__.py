@@ -101,7 +101,7 @@ def mix_verify(
         ValueError, TypeError: a shape, dtype, device or value outside the above; on the CPU, ids
             outside the mixture's vocabulary, lengths outside [0, G], and a place that is reached
             without a distribution there. Elsewhere such an id is rejected, the length is clipped,
-            and the row ends with -1 there (greedy: 0).
+            and the row ends with -1 there.
         BackendUnavailable: the named backend cannot run here.
     """
     batch, places, memories = _places(base_logits, memory_logits)
@@ -129,7 +129,7 @@ def mix_verify(
         draft_lengths = draft_ids.new_full((batch,), places - 1)
     else:
         checks.integer_vector("draft_lengths", draft_lengths, batch, base.device, of="base_logits")
-    seeds, offsets = streams(seeds, offsets, batch, base.device)
+    seeds, offsets = streams(seeds, offsets, batch, base.device, filters[0] > 0.0)
     if row_weights is not None:
         row_weights = row_weights.repeat_interleave(places, 0)
     with unrecorded((base_logits, memories, row_weights)):

@@ -40,8 +40,8 @@ def forward(
         return draft_lengths.clone(), draft_ids.new_empty((0, most + 1))
     undefined = logprobs[:, 0].isnan().view(batch, most + 1)
     if temperature == 0.0:
-        best = logprobs.argmax(1).view(batch, most + 1)
-        accepted, tokens = accept_greedy(best, draft_ids, draft_lengths, ~undefined)
+        best = logprobs.argmax(1).masked_fill(logprobs[:, 0].isnan(), -1).view(batch, most + 1)
+        accepted, tokens = accept_greedy(best, draft_ids, draft_lengths)
         undefined = undefined.gather(1, accepted[:, None])[:, 0]
     else:
         target = logprobs
@@ -83,11 +83,9 @@ def forward(
     return accepted, tokens.masked_fill(ends & undefined[:, None], -1)
 
 
-def accept_greedy(best, draft_ids, draft_lengths, valid=None) -> tuple[Tensor, Tensor]:
-    """`best`: (B, G + 1), the most probable token of each place. (num_accepted, tokens)"""
-    same = best[:, :-1] == draft_ids
-    if valid is not None:
-        same = same & valid[:, :-1]
+def accept_greedy(best, draft_ids, draft_lengths) -> tuple[Tensor, Tensor]:
+    """`best`: (B, G + 1), the most probable token of each place or -1. (num_accepted, tokens)"""
+    same = (best[:, :-1] == draft_ids) & (draft_ids >= 0)
     accepted = count(same, draft_lengths)
     return accepted, emit(accepted, draft_ids, best.gather(1, accepted[:, None])[:, 0])
 
