@@ -6,6 +6,7 @@ import torch
 from helpers import IGNORE, csr, on, problem
 
 from mdkernels import SparseTargets, sparse_kl
+from mdkernels.ops.sparse_kl import reference
 
 OP = "sparse_kl"
 N, V = 4, 33
@@ -136,6 +137,19 @@ def test_label_out_of_range(variant, good, bad, inplace):
     else:
         out = attempt(variant, logits, targets, labels, inplace)
         assert out.loss.isnan().tolist() == [False, True, False, False]
+
+
+def test_the_reference_on_a_gpu_answers_what_it_cannot_raise_for(monkeypatch):
+    """Where values are not looked at: a bad id or label makes its row NaN, and no other."""
+    monkeypatch.setattr(reference, "find_fault", lambda *_: None)
+    logits = torch.randn(N, V, requires_grad=True)
+    targets = csr([([1], [1.0]), ([V], [0.5]), ([2, -1], [0.5, 0.5]), ([0], [1.0])])
+    labels = torch.tensor([-1, IGNORE, 4, 5])
+    out = sparse_kl(logits, targets, labels, reduction="none", backend="reference")
+    out.loss.sum().backward()
+    for rows in (out.loss, logits.grad.sum(1)):
+        assert rows.isnan().tolist() == [True, False, True, False]
+    assert logits.grad[[1, 3]].isfinite().all()
 
 
 @pytest.mark.parametrize(

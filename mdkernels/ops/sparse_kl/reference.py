@@ -1,5 +1,7 @@
 """sparse_kl in eager torch: the specification, fp32 arithmetic (fp64 for fp64 logits)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,7 +10,9 @@ from .reduction import loss_grad_through
 
 
 def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
-    rows, ids, p = _merged(logits, row_offsets, token_ids, probs, labels, ignore_index)
+    rows, ids, p, gold, live, poison = _merged(
+        logits, row_offsets, token_ids, probs, labels, ignore_index
+    )
     z = _wide(logits)
     lse = z.logsumexp(1)
     # Through the maximum, not through lse: at logits near 1e4 an fp32 lse has lost three digits.
@@ -17,22 +21,19 @@ def forward(logits, row_offsets, token_ids, probs, labels, ignore_index):
     logprob = z[rows, ids] - top[rows] - log_normalizer[rows]
     terms = torch.where(p == 0, 0.0, p * (p.log() - logprob))
     kl = _sum_rows(terms, rows, z)
-    if labels is None:
-        return kl, torch.zeros_like(kl), lse.double()
-    live = labels != ignore_index
-    gold = labels.where(live, 0)[:, None]
-    ce = log_normalizer - (z.gather(1, gold).squeeze(1) - top)
-    return (
-        kl.where(live, 0.0),
-        ce.where(live, 0.0),
-        lse.where(live, 0.0).double(),
-    )
+    ce = torch.zeros_like(kl)
+    if labels is not None:
+        ce = log_normalizer - (z.gather(1, gold).squeeze(1) - top)
+    kl, ce = (term.where(live, 0.0).masked_fill(poison, math.nan) for term in (kl, ce))
+    return kl, ce, lse.where(live, 0.0).double()
 
 
 def backward(
     logits, row_offsets, token_ids, probs, labels, ignore_index, lse, kl_coef, ce_coef
 ) -> Tensor:
-    rows, ids, p = _merged(logits, row_offsets, token_ids, probs, labels, ignore_index)
+    rows, ids, p, gold, live, poison = _merged(
+        logits, row_offsets, token_ids, probs, labels, ignore_index
+    )
     z = _wide(logits)
     kl_coef, ce_coef = kl_coef.to(z.dtype), ce_coef.to(z.dtype)
     if labels is None:
@@ -41,10 +42,8 @@ def backward(
     grad = z.softmax(1) * (kl_coef * mass + ce_coef)[:, None]
     grad.index_put_((rows, ids), -kl_coef[rows] * p, accumulate=True)
     if labels is not None:
-        live = labels != ignore_index
-        gold = labels.where(live, 0)[:, None]
         grad.scatter_add_(1, gold, -ce_coef[:, None])
-        grad = grad.where(live[:, None], 0.0)
+    grad = grad.where(live[:, None], 0.0).masked_fill(poison[:, None], math.nan)
     return grad.to(logits.dtype)
 
 
@@ -75,10 +74,10 @@ def _sum_rows(values: Tensor, rows: Tensor, logits: Tensor) -> Tensor:
     return sums.index_add_(0, rows, values.double()).to(logits.dtype)
 
 
-def _merged(
-    logits, row_offsets, token_ids, probs, labels, ignore_index
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Distinct (row, id) pairs and their summed probability."""
+def _merged(logits, row_offsets, token_ids, probs, labels, ignore_index) -> tuple[Tensor, ...]:
+    """Distinct (row, id) pairs and their summed probability; (N, 1) labels to gather at; and which
+    rows are not ignored, and of those which have an id or label out of range, that a GPU's device
+    code cannot raise for."""
     num_rows, vocab = logits.shape
     if logits.device.type == "cpu":
         raise_fault(find_fault(row_offsets, token_ids, vocab, labels, ignore_index), vocab)
@@ -87,8 +86,17 @@ def _merged(
         token_ids, probs = token_ids[first:last], probs[first:last]
     lengths = row_offsets.diff()
     rows = torch.repeat_interleave(torch.arange(num_rows, device=logits.device), lengths)
+    live = torch.ones(num_rows, dtype=torch.bool, device=logits.device)
+    gold, poison = torch.zeros_like(live, dtype=torch.int64), ~live
+    if labels is not None:
+        live = labels != ignore_index
+        poison = live & ((labels < 0) | (labels >= vocab))
+        gold = labels.where(live & ~poison, 0)
+    unknown = (token_ids < 0) | (token_ids >= vocab)
+    poison = poison | (live & (gold.new_zeros(num_rows).index_add_(0, rows, unknown.long()) > 0))
+    token_ids = token_ids.masked_fill(unknown, 0)
     keys, inverse = torch.unique(rows * vocab + token_ids, return_inverse=True)
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     merged = torch.zeros(len(keys), dtype=torch.float64, device=logits.device)
     merged.index_add_(0, inverse, probs.double())
-    return keys // vocab, keys % vocab, merged.to(wide)
+    return keys // vocab, keys % vocab, merged.to(wide), gold[:, None], live, poison

@@ -53,15 +53,19 @@ def token_logprobs(
     Equivalent to ``logits.float().log_softmax(1).gather(1, labels[:, None]).squeeze(1)``.
 
     Args:
-        logits: (N, V) fp32, bf16 or fp16 (fp64: reference backend), unit stride within a row.
-        labels: (N,) int64 in [0, V), or ignore_index, whose rows give 0.
+        logits: (N, V) fp32, bf16 or fp16 (fp64: reference backend), unit stride within a row, any
+            row stride. Arithmetic is fp32 whatever the dtype.
+        labels: (N,) int64 in [0, V), or ignore_index.
+        ignore_index: rows with this label give 0 and get no gradient.
         backend: see `mdkernels.backends`.
 
     Returns:
-        (N,) fp32 log-probabilities in nats (fp64 for fp64 logits), differentiable in the logits.
+        (N,) fp32 log-probabilities in nats (fp64 for fp64 logits), differentiable once in the
+        logits.
 
     Raises:
-        ValueError, TypeError: a shape, dtype, device or label outside the above.
+        ValueError, TypeError: a shape, dtype, device or label outside the above. Labels are checked
+            on the CPU; on a GPU one out of range makes its row NaN.
         BackendUnavailable: the named backend cannot run here.
     """
     checks.logits_matrix("logits", logits)
