@@ -53,10 +53,12 @@ class Captured:
     The first call runs it as it is, which warms up what may not happen in a capture (loading
     kernels, allocating workspaces); the second captures it, and replays, as every later one.
     It must read and write tensors of fixed addresses only; what it does in Python happens twice.
+    Nothing that it allocates is read afterwards, so graphs that replay one at a time can share a
+    `pool` of memory (`torch.cuda.graph_pool_handle()`).
     """
 
-    def __init__(self, function: Callable[[], None]):
-        self.function = function
+    def __init__(self, function: Callable[[], None], pool: tuple[int, int]):
+        self.function, self.pool = function, pool
         self.warm = False
         self.graph: torch.cuda.CUDAGraph | None = None
 
@@ -68,7 +70,7 @@ class Captured:
         if self.graph is None:
             graph = torch.cuda.CUDAGraph()
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=self.pool):
                     self.function()
             except RuntimeError as error:
                 raise RuntimeError(

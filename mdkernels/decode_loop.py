@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -137,7 +138,9 @@ def machinery(request: Request):
     from .cuda_graph import Captured, Streams
 
     together = Streams(len(request.mixture.models), request.input_ids.device)
-    return together, Captured if request.cuda_graph else lambda function: function
+    if not request.cuda_graph:
+        return together, lambda function: function
+    return together, functools.partial(Captured, pool=torch.cuda.graph_pool_handle())
 
 
 def _step(request, rows: Rows, slots: Slots, picker: Picker, together) -> Callable[[], None]:

@@ -102,7 +102,7 @@ def fast_decode(
         mixture=model,
         input_ids=input_ids,
         fresh=fresh,
-        mask=None if mask is None else mask.long(),
+        mask=None if mask is None or bool(mask.all()) else mask.long(),
         cache=cache,
         max_new_tokens=length - input_ids.shape[1],
         sampling=sampling,
@@ -123,7 +123,7 @@ def fast_decode(
         )
     check_draft(request)
     stateful_static = cache.is_compileable and any(cache.is_stateful)
-    if stateful_static and mask is not None and not bool(mask.all()):
+    if stateful_static and request.mask is not None:
         raise ValueError(
             "cache: static, with padded rows and a model whose layers keep a state (Mamba, linear "
             "attention), which would not decode as they do alone; use the dynamic cache"
