@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from .artifact import Artifact, ArtifactError, read_artifact
 from .artifact_writer import ArtifactWriter
 from .corpus import Corpus, open_corpus, windows
-from .models import capture_keys, load_model, model_hash, model_id
+from .models import capture_keys, evaluating, load_model, model_hash, model_id
 from .tokenizer_check import check_tokenizers
 from .train_config import resolve_device
 
@@ -161,22 +161,17 @@ def compute_keys(
     `spans` is a run of consecutive windows of `corpus.windows`. The LM head does not run;
     `model.training` is restored at the end.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        with capture_keys(model) as latest:
-            for i in range(0, len(spans), batch_size):
-                group = spans[i : i + batch_size]
-                inputs = [token_ids[max(0, stop - block) : stop] for _, stop in group]
-                input_ids = torch.from_numpy(np.stack(inputs).astype(np.int64)).to(model.device)
-                # Eos tokens look like padding to some families, which warn unless they get a mask.
-                mask = torch.ones_like(input_ids)
-                model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-                states = latest()
-                tails = zip(states, group[:, 1] - group[:, 0], strict=True)
-                yield int(group[0, 0]), torch.cat([state[-count:] for state, count in tails])
-    finally:
-        model.train(was_training)
+    with evaluating(model), capture_keys(model) as latest:
+        for i in range(0, len(spans), batch_size):
+            group = spans[i : i + batch_size]
+            inputs = [token_ids[max(0, stop - block) : stop] for _, stop in group]
+            input_ids = torch.from_numpy(np.stack(inputs).astype(np.int64)).to(model.device)
+            # Eos tokens look like padding to some families, which warn unless they get a mask.
+            mask = torch.ones_like(input_ids)
+            model.base_model(input_ids=input_ids, attention_mask=mask, use_cache=False)
+            states = latest()
+            tails = zip(states, group[:, 1] - group[:, 0], strict=True)
+            yield int(group[0, 0]), torch.cat([state[-count:] for state, count in tails])
 
 
 def _to_half(keys: Tensor, first_row: int) -> np.ndarray:

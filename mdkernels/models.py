@@ -94,12 +94,15 @@ def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
                 value.data = value.data.to(dtype)
 
 
-def hidden_states(
-    model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor | None = None
-) -> Tensor:
-    """(B, T) int64 -> (B, T, D): what `lm_head(model)` turns into logits. No cache is kept."""
-    outputs = model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-    return outputs.last_hidden_state
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout within the context; `model.training` is restored, whatever is raised."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def lm_head(model: PreTrainedModel) -> nn.Linear:

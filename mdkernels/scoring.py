@@ -20,7 +20,7 @@ from .batches import Batch, WindowBatches
 from .corpus import Corpus, open_corpus, windows
 from .memory_loss import one_text_per_window
 from .mixture_config import context_length
-from .models import lm_head, model_id
+from .models import evaluating, lm_head, model_id
 from .ops.knn_targets import knn_targets
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.token_logprobs import token_logprobs
@@ -85,13 +85,11 @@ def gold_logprobs(
 
     device = model.device
     pin = device.type == "cuda"
-    was_training = model.training
-    model.eval()
     # On the device: reading each batch's scores would wait for it.
     scores = torch.empty(int(counts.sum()), dtype=torch.float32, device=device)
     row = 0
     bar = tqdm(total=stop - start, desc=label, unit="tok", unit_scale=True, disable=None)
-    with bar, unpadded(model), one_text_per_window():
+    with bar, evaluating(model), unpadded(model), one_text_per_window():
         for i in range(0, len(spans), batch_size):
             picked = spans[i : i + batch_size]
             batch = data.gather(picked, batch_size if compile else len(picked), pin=pin)
@@ -99,7 +97,6 @@ def gold_logprobs(
             scores[row : row + len(found)] = found
             row += len(found)
             bar.update(len(found))
-    model.train(was_training)
     first = int(spans[0, 0])
     found = scores[start - first : stop - first].cpu()
     if bool(found.isnan().any()):
@@ -223,13 +220,11 @@ def head_is_last(model, token_ids: np.ndarray | Tensor) -> bool:
         heads.append((inputs[0], logits, marks.to(logits.dtype).view_as(logits)))
         return heads[-1][-1].clone()  # some families change them in place
 
-    was_training = model.training
-    model.eval()
     eager = torch.compiler.set_stance("force_eager")  # compiled code would not see the hook
-    with torch.inference_mode(), unpadded(model), head.register_forward_hook(answer), eager:
+    hooked = head.register_forward_hook(answer)
+    with torch.inference_mode(), evaluating(model), unpadded(model), hooked, eager:
         found = model(input_ids=probe, use_cache=False).logits
         hidden = model.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    model.train(was_training)
     if len(heads) != 1:
         return False
     (states, logits, marks), hidden = heads[0], hidden.float()
@@ -265,26 +260,29 @@ def knn_logprobs(
 
     Args:
         index, datastore: as built by the stages of those names.
-        queries: (n, D) keys of the positions to score; labels: (n,) their next tokens.
+        queries: (n, D) keys of the positions to score; labels: (n,) their next tokens. The search
+            runs where the queries are; the result is on the CPU.
         exclude_ids: (n,) the datastore row of each query, left out; only for the corpus of the
             datastore itself.
     """
-    values = torch.from_numpy(np.array(datastore.values))
-    labels = labels.to(torch.int32)
+    device = queries.device
+    values = torch.from_numpy(np.array(datastore.values)).to(device)
+    labels = labels.to(device, torch.int32)
     out = torch.empty(len(labels), dtype=torch.float32)
     for i in tqdm(range(0, len(labels), batch_size), desc="kNN", unit="batch", disable=None):
         part = slice(i, i + batch_size)
         query = queries[part].float()
         distances, ids = index.search(query, num_neighbors)
         targets = knn_targets(
-            torch.as_tensor(distances),
-            torch.as_tensor(ids),
+            torch.as_tensor(distances, device=device),
+            torch.as_tensor(ids, device=device),
             values,
             temperature=knn_temperature,
             exclude_ids=None if exclude_ids is None else exclude_ids[part],
         )
         owner = targets.row_ids()
         hit = targets.token_ids == labels[part][owner]
-        mass = torch.zeros(len(query)).index_add_(0, owner[hit], targets.probs[hit].float())
+        mass = torch.zeros(len(query), device=device)
+        mass.index_add_(0, owner[hit], targets.probs[hit].float())
         out[part] = mass.log()
     return out

@@ -30,7 +30,6 @@ from mdkernels.artifact import ArtifactError
 from mdkernels.corpus import build_corpus, open_corpus, windows
 from mdkernels.models import (
     capture_keys,
-    hidden_states,
     key_module,
     lm_head,
     load_model,
@@ -299,7 +298,7 @@ def test_checkpoints_load_as_saved(tmp_path, family):
     assert load_tokenizer(tokenizer) is tokenizer
     input_ids = torch.randint(0, VOCAB_SIZE, (2, 9))
     with torch.no_grad(), capture_keys(model) as keys:
-        logits = lm_head(model)(hidden_states(model, input_ids))
+        logits = lm_head(model)(model.base_model(input_ids).last_hidden_state)
         torch.testing.assert_close(logits, model(input_ids).logits, rtol=0, atol=0)
         assert keys().shape == (2, 9, 32)
 

@@ -6,6 +6,7 @@ import torch
 from pipeline_fixtures import FAMILIES, tiny_model, tiny_tokenizer
 from scoring_fixtures import naive_logprobs
 
+from mdkernels import scoring
 from mdkernels.corpus import build_corpus
 from mdkernels.evaluate import gold_logprobs
 from mdkernels.scoring import check_scorable
@@ -64,11 +65,19 @@ def test_logits_that_are_nan_in_places_are_no_score(text):
         gold_logprobs(model, corpus, block=32)
 
 
-def test_scoring_leaves_the_model_as_it_was(text):
+def failing():
+    raise RuntimeError
+
+
+def test_scoring_leaves_the_model_as_it_was(text, monkeypatch):
     model = tiny_model("gpt2").train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     attributes = set(vars(model.base_model))
     gold_logprobs(model, text[0], block=32)
+    assert model.training
+    monkeypatch.setattr(scoring, "one_text_per_window", failing)
+    with pytest.raises(RuntimeError):
+        gold_logprobs(model, text[0], block=32)
     assert model.training
     assert set(vars(model.base_model)) == attributes
     for name, value in model.state_dict().items():
