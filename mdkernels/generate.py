@@ -146,26 +146,34 @@ class _Printer:
         stream: TextIO,
         header: str,
     ):
-        self.stream = stream
-        self.text = functools.partial(_continuation, tokenizer, prompt_ids, ends=ends)
-        self.header = header
-        self.ids: list[int] = []
-        self.shown = 0
+        self.decode = functools.partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        self.ends, self.stream, self.header = ends, stream, header
+        self.ids, self.ended = list(prompt_ids), False
+        # Of the ids up to `shown` the text is written; those from `begin` on are decoded with what
+        # follows, as a SentencePiece tokenizer would drop the first space of a text.
+        self.begin, self.shown = 0, len(prompt_ids)
 
     def __call__(self, picked: Tensor) -> None:
-        self.ids.append(int(picked[0]))
-        text = self.text(self.ids)
-        if not text.endswith("\ufffd"):
-            self._write(text)
+        token = int(picked[0])
+        self.ended = self.ended or token in self.ends
+        if not self.ended:
+            self.ids.append(token)
+            text = self._text()
+            if not text.endswith("\ufffd"):
+                self._write(text)
+                self.begin, self.shown = self.shown, len(self.ids)
+
+    def _text(self) -> str:
+        before = self.decode(self.ids[self.begin : self.shown])
+        return self.decode(self.ids[self.begin :])[len(before) :]
 
     def _write(self, text: str) -> None:
-        self.stream.write(self.header + text[self.shown :])
+        self.stream.write(self.header + text)
         self.header = ""
         self.stream.flush()
-        self.shown = len(text)
 
     def close(self) -> None:
-        self._write(self.text(self.ids))
+        self._write(self._text())
         self.stream.write("\n")
 
 

@@ -1,16 +1,24 @@
 """Decoding from the mixture, against full recomputation without a cache in fp64."""
 
 import io
+import math
 
 import numpy as np
 import pytest
 import torch
-from pipeline_fixtures import FAMILIES, save_tiny_checkpoint, tiny_model, tiny_tokenizer
+from pipeline_fixtures import (
+    FAMILIES,
+    require_shared_data,
+    save_tiny_checkpoint,
+    tiny_model,
+    tiny_tokenizer,
+)
 from transformers import GenerationConfig
 
 from mdkernels.decode import decode
-from mdkernels.generate import generate
+from mdkernels.generate import _continuation, _Printer, generate
 from mdkernels.mixture import MemoryMixture
+from mdkernels.models import load_tokenizer
 
 PROMPTS = ["the tensor returns", "a kernel", "every row sorts its neighbours in place. the index"]
 
@@ -202,6 +210,14 @@ def test_arguments_of_another_type_are_named():
         mixture.generate(ids, attention_mask=[[1, 1, 1]])
 
 
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"draft_tokens": 2}], ids=str)
+def test_logits_without_a_distribution_end_in_an_error(options):
+    mixture = MemoryMixture(tiny_model("gpt2"), tiny_model("llama"), 0.5)
+    torch.nn.init.constant_(mixture.base.transformer.ln_f.weight, math.nan)
+    with pytest.raises(ValueError, match="NaN"):
+        decode(mixture, torch.ones(1, 3, dtype=torch.int64), max_new_tokens=4, **options)
+
+
 def test_the_longest_prompt_that_fits_decodes():
     mixture = MemoryMixture(tiny_model("gpt2"), tiny_model("llama"), 0.5)
     assert decode(mixture, torch.ones(1, 3, dtype=torch.int64), max_new_tokens=62).shape == (1, 65)
@@ -250,6 +266,24 @@ def test_streaming_shows_what_is_returned(checkpoints, draft_tokens):
     options = {"max_new_tokens": 20, "stream": stream, "draft_tokens": draft_tokens}
     (result,) = generate(*checkpoints, PROMPTS[1], **options)
     assert stream.getvalue() == f"--- mixture\n{PROMPTS[1]}{result['mixture']}\n"
+
+
+@pytest.mark.parametrize("name", ["tokenizers/gpt2", "tokenizers/qwen2.5", "models/stories260K"])
+def test_streamed_characters_are_those_of_the_whole_text(name):
+    """Also those of several tokens; and a token costs the same however long the text has become."""
+    tokenizer = load_tokenizer(require_shared_data(name))
+    prompt, text = "Über ", "naïve \u200d👩\u200d🚀👩\u200d🚀 中文字符  두 \n\n x" * 3
+    prompt_ids = tokenizer(prompt).input_ids
+    ids = tokenizer(prompt + text).input_ids[len(prompt_ids) :]
+    stream, lengths = io.StringIO(), []
+    printer = _Printer(tokenizer, prompt_ids, (), stream, "")
+    decode = printer.decode
+    printer.decode = lambda ids: lengths.append(len(ids)) or decode(ids)
+    for token in ids:
+        printer(torch.tensor([token]))
+    printer.close()
+    assert stream.getvalue() == _continuation(tokenizer, prompt_ids, ids, ()) + "\n"
+    assert max(lengths[-40:]) < 30
 
 
 @pytest.mark.parametrize("named", [True, False])
