@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .ops.logit_mix.arguments import WEIGHT_SLACK
+
 
 @dataclass(frozen=True)
 class MixFit:
@@ -45,7 +47,7 @@ def check_weights(mix_weight: float | Sequence[float], memories: int) -> tuple[f
     for weight in weights:
         if not 0.0 <= weight <= 1.0:
             raise ValueError(f"mix_weight must be in [0, 1], got {weight}")
-    if sum(weights) > 1.0 + 1e-12:
+    if sum(weights) > 1.0 + WEIGHT_SLACK:
         raise ValueError(
             f"mix_weight: {list(weights)} sum to {sum(weights):g}; the memories can share at "
             "most 1, the base has the rest"

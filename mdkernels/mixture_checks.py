@@ -15,13 +15,13 @@ from .mix_weight import check_weights
 from .mixture_cache import CACHE, MixtureCache
 from .mixture_config import context_length
 from .models import model_id
+from .ops.logit_mix.arguments import WEIGHT_SLACK
 
 NO_CONTINUOUS_BATCHING = (
     "a mixture has no continuous batching: its paged cache is built from one configuration, with "
     "heads of one shape, and base and memory have each their own. Pass a left-padded batch to "
     "generate()"
 )
-_ROUNDING = 1e-6  # of weights that were meant to add up to 1
 
 _ONE_MODEL = "ask one of mixture.models for it"
 # Generation options that would do nothing here, or something else than they say.
@@ -220,7 +220,7 @@ def check_generate(
     weight = weight_matrix(weight.to(mixture.device), len(mixture.memories), batch)
     if not bool(((weight >= 0) & (weight <= 1)).all()):
         raise ValueError(f"mix_weight must be in [0, 1], got {weight.tolist()}")
-    if bool((weight.double().sum(1) > 1 + _ROUNDING).any()):
+    if bool((weight.double().sum(1) > 1 + WEIGHT_SLACK).any()):
         raise ValueError(f"mix_weight: a row of {weight.tolist()} sums to more than 1")
     return {**kwargs, "mix_weight": weight}
 

@@ -178,6 +178,10 @@ def test_weights_outside_the_simplex_are_refused(weight, memories, message):
         check_weights(weight, memories)
 
 
+def test_weights_that_fp32_rounded_up_are_taken():
+    assert sum(check_weights(torch.tensor([0.6, 0.3, 0.1]).tolist(), 3)) > 1.0
+
+
 def test_lengths_must_agree():
     with pytest.raises(ValueError, match=r"memories\[1\].*\(9,\)"):
         fit_mix_weight(logprobs(10, 0), [logprobs(10, 1), logprobs(9, 2)])
