@@ -94,10 +94,14 @@ def exact_search(
 
 
 def _block(keys: np.ndarray | Tensor, start: int, stop: int, device: torch.device) -> Tensor:
+    """A copy that may be written to, in fp32. It is widened where it arrives: torch would do so on
+    the host, and move twice the bytes."""
     part = keys[start:stop]
-    if isinstance(part, np.ndarray):
+    mapped = isinstance(part, np.ndarray)
+    if mapped:
         part = torch.from_numpy(np.array(part))  # a copy: maps are read-only
-    return part.to(device, torch.float32, copy=True)
+    moved = part.to(device)
+    return moved.to(torch.float32, copy=moved is part and not mapped)
 
 
 def _scores(factors: Tensor, keys: Tensor, norms: Tensor, out: Tensor) -> None:

@@ -182,21 +182,22 @@ class _Head:
     """Logits of the first `vocab` ids, a chunk of hidden states at a time, in one reused buffer."""
 
     def __init__(self, head: torch.nn.Linear, vocab: int):
-        self.weight = head.weight.detach()[:vocab]
-        self.bias = None if head.bias is None else head.bias.detach()[:vocab]
-        bytes_per_row = vocab * self.weight.element_size()
-        self.chunk = max(16, _LOGITS_BYTES.get(self.weight.device.type, 512 << 20) // bytes_per_row)
+        self.head, self.vocab = head, vocab
+        bytes_per_row = vocab * head.weight.element_size()
+        self.chunk = max(16, _LOGITS_BYTES.get(head.weight.device.type, 512 << 20) // bytes_per_row)
         self.buffer: Tensor | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Of at most `chunk` hidden states, (rows, vocab); overwritten by the next call."""
-        hidden = hidden.to(self.weight.dtype)
-        if self.buffer is None or len(self.buffer) < len(hidden):
-            self.buffer = hidden.new_empty(len(hidden), len(self.weight))
+        weight, bias = self.head.weight.detach()[: self.vocab], self.head.bias
+        hidden, buffer = hidden.to(weight.dtype), self.buffer
+        fits = buffer is not None and len(buffer) >= len(hidden)
+        if not fits or buffer.dtype != hidden.dtype or buffer.device != hidden.device:
+            self.buffer = hidden.new_empty(len(hidden), self.vocab)
         logits = self.buffer[: len(hidden)]
-        if self.bias is None:
-            return torch.mm(hidden, self.weight.T, out=logits)
-        return torch.addmm(self.bias, hidden, self.weight.T, out=logits)
+        if bias is None:
+            return torch.mm(hidden, weight.T, out=logits)
+        return torch.addmm(bias.detach()[: self.vocab], hidden, weight.T, out=logits)
 
 
 class _Part(NamedTuple):

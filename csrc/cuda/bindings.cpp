@@ -100,6 +100,8 @@ void call(const Entry& op, const py::args& args) {
     op.run(arguments);
   } catch (const std::runtime_error& error) {
     throw std::runtime_error(std::string(op.name) + ": " + error.what());
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string(op.name) + ": " + error.what());
   }
 }
 

@@ -87,6 +87,8 @@ def _adds_wide(dtype: torch.dtype, device: torch.device) -> bool:
     factor = torch.zeros(16, 16, device=device, dtype=dtype)
     try:
         torch.addmm(total, factor, factor, out_dtype=total.dtype, out=total)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about dtypes, and the answer is kept
     except RuntimeError:
         return False
     return True
