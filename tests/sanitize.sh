@@ -25,8 +25,9 @@ LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace
 # Not the distributions of many draws: they run the code of the other tests again.
 tests=$(grep -lE '^OP = |mix_fixtures|import .*knn_targets|WeightGradient' "$root"/tests/test_*.py \
   | grep -v _random.py)
+# Nor the variants of the reference backend, eager torch.
 # A finding ends the process, so pytest must leave its standard error alone (--capture=sys).
 # shellcheck disable=SC2086  # one word per file
 LD_PRELOAD="$preload" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
   "$python" -m pytest -n 2 --capture=sys --rootdir "$root" -c "$root/pyproject.toml" \
-  -p no:cacheprovider $tests "$@"
+  -p no:cacheprovider $tests -k "not reference or no_reference" "$@"
