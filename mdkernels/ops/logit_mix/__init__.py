@@ -49,7 +49,8 @@ def logit_mix(
         mix_weight: share of the memory in [0, 1]: a number, or a tensor of shape () or (N,), one
             per row. With several memories one per memory: a list of these, a tensor (memories,),
             or (N, memories). The base has what is left of 1. A model of weight 0 is not looked at:
-            0 gives exactly log_softmax(base), NaN in the memory or not.
+            0 gives exactly log_softmax(base), NaN in the memory or not. On the device of the
+            logits; a () tensor on the CPU is copied there, which waits for a GPU.
         memory_temperature: divides the logits of every memory; within [1e-30, 1e30].
         scale: "logprob", or "base" to add lse(base) to each row: the scale of the base's own
             logits, which Hugging Face logits processors expect. A softmax does not see it.

@@ -1,5 +1,5 @@
-"""What logit_mix, mix_argmax and mix_sample have in common: their first arguments, checked and in
-the one form that their backends take."""
+"""What logit_mix, mix_argmax, mix_sample and mix_verify have in common: their first arguments,
+checked and in the one form that their backends take."""
 
 import contextlib
 import math

@@ -1,5 +1,5 @@
 """Launcher of csrc/cuda/logit_mix.cu, and what the launchers of mix_argmax and mix_sample share.
-Nothing here copies, converts or waits."""
+Nothing here copies or converts logits, or waits."""
 
 import functools
 

@@ -1,5 +1,5 @@
-"""Launchers of csrc/cuda/sparse_kl.cu, sparse_kl_loss.cu and scale_rows.cu. Nothing here copies,
-converts or waits."""
+"""Launchers of csrc/cuda/sparse_kl.cu, sparse_kl_loss.cu and scale_rows.cu. Nothing here copies
+or converts logits, or waits."""
 
 import torch
 from torch import Tensor
