@@ -77,6 +77,19 @@ def storage_covers(name: str, value: Tensor) -> None:
         raise RuntimeError(f"{name}: its storage has been freed (is it an FSDP parameter shard?)")
 
 
+def loss_storages(logits, row_offsets, token_ids, probs, labels) -> None:
+    """`storage_covers` of what a loss kernel reads."""
+    storage_covers("logits", logits)
+    for name, value in (
+        ("targets.row_offsets", row_offsets),
+        ("targets.token_ids", token_ids),
+        ("targets.probs", probs),
+        ("labels", labels),
+    ):
+        if value is not None:
+            storage_covers(name, value)
+
+
 def integer(name: str, value) -> None:
     """A Python int that fits int64."""
     if not isinstance(value, int):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import raise_fault, storage_covers
+from ..checks import loss_storages, raise_fault
 from .reduction import combine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,15 +101,7 @@ def _launch(
     """With a gradient, `coefs` are the factors of every row, or None: then they are `kl_weight` and
     what it leaves of 1, over the number of rows that count if `mean`."""
     row_offsets, token_ids, probs, labels, ignore_index = sparse
-    storage_covers("logits", logits)
-    for name, tensor in (
-        ("targets.row_offsets", row_offsets),
-        ("targets.token_ids", token_ids),
-        ("targets.probs", probs),
-        ("labels", labels),
-    ):
-        if tensor is not None:
-            storage_covers(name, tensor)
+    loss_storages(logits, row_offsets, token_ids, probs, labels)
     if probs is not None and probs.dtype == torch.float64:
         probs = probs.float()
     rows, vocab = logits.shape

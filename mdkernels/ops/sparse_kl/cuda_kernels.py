@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .. import native
-from ..checks import storage_covers
+from ..checks import loss_storages, storage_covers
 from .reduction import combine
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +94,7 @@ def _launch(
     logits, sparse, *, kl=None, ce=None, lse=None, grad=None, coefs=(None, None), lse_known=False
 ) -> None:
     row_offsets, token_ids, probs, labels, ignore_index = sparse
-    storage_covers("logits", logits)
+    loss_storages(logits, row_offsets, token_ids, probs, labels)
     if probs is not None and probs.dtype == torch.float64:
         probs = probs.float()
     # One for all rows, or (N,): expanded upstream gradients (stride 0) become vectors. These names

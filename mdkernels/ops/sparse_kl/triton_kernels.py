@@ -97,7 +97,7 @@ def scale_(grad: Tensor, factor: Tensor) -> None:
 def _prepare(logits, row_offsets, token_ids, probs, labels, ignore_index) -> tuple:
     """The sparse arguments as the kernels take them. Looking at their values would mean waiting for
     the device: the kernels answer a bad one with NaN, under the interpreter too."""
-    checks.storage_covers("logits", logits)
+    checks.loss_storages(logits, row_offsets, token_ids, probs, labels)
     nnz = 0 if token_ids is None else token_ids.shape[0]
     if probs is not None and probs.dtype == torch.float64:
         probs = probs.float()
