@@ -277,10 +277,11 @@ def _write_synced(path: Path, text: str) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(temporary, path)
-    _sync_directory(path.parent)
+    sync_path(path.parent)
 
 
-def _sync_directory(path: Path) -> None:
+def sync_path(path: Path) -> None:
+    """Flush a file, or the names in a directory, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -302,7 +303,7 @@ def _replace_directory(work: Path, out: Path) -> None:
         os.rename(work, out)
     if replaced.exists():
         shutil.rmtree(replaced)
-    _sync_directory(out.parent)
+    sync_path(out.parent)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -17,7 +17,6 @@ before it is deleted, so a directory called `step-*` is always complete. Nothing
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -31,6 +30,7 @@ from safetensors.torch import load_file, save_file
 from transformers.utils import logging as hf_logging
 
 from . import lora
+from .artifact_writer import sync_path
 from .distributed import gather
 from .seal import seal
 from .trained_model import TrainedModel
@@ -191,11 +191,3 @@ def sync_tree(directory: Path) -> None:
     """Flush every file of `directory`, and the directory, to the disk."""
     for path in [*directory.rglob("*"), directory]:
         sync_path(path)
-
-
-def sync_path(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

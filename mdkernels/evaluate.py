@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from .artifact import strict_json
+from .artifact_writer import sync_path
 from .bootstrap import MIN_UNITS, block_starts, document_starts, mean_intervals
-from .checkpoint import sync_path
 from .corpus import Corpus, open_corpus
 from .evaluate_report import format_table, plot_path, write_plot
 from .mix_weight import check_weights, fit_mix_weight, mixture_logprobs, weight_curve

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import sync_path
+from .artifact_writer import sync_path
 
 
 def format_table(report: dict[str, Any]) -> str:

@@ -21,7 +21,8 @@ from torch import Tensor
 
 _KEY_ROWS = 1 << 16
 # One (queries, keys) buffer of distances; with one block of keys in fp32 it is what a search holds.
-_BUFFER_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
+_BUFFER_BYTES = {"cpu": 64 << 20}
+_DEVICE_BUFFER_BYTES = 1 << 30
 # oneDNN allocates its output; glibc reuses allocations below 32 MB, larger ones are page-faulted.
 _TILE_BYTES = 8 << 20
 _MAX_GROUP = 32
@@ -64,9 +65,8 @@ def exact_search(
     distances = torch.full((len(queries), num_neighbors), torch.inf, device=device)
     ids = torch.full(distances.shape, -1, dtype=torch.int64, device=device)
     key_rows = min(num_rows, max(_KEY_ROWS, 8 * num_neighbors))
-    query_rows = max(
-        1, min(len(queries), _BUFFER_BYTES.get(device.type, 1 << 30) // (4 * key_rows))
-    )
+    buffer_bytes = _BUFFER_BYTES.get(device.type, _DEVICE_BUFFER_BYTES)
+    query_rows = max(1, min(len(queries), buffer_bytes // (4 * key_rows)))
     buffer = torch.empty(query_rows * key_rows, device=device)
     for first in range(0, num_rows, key_rows):
         block = _block(keys, first, first + key_rows, device).sub_(offset)

@@ -21,8 +21,6 @@ from .recipe import Recipe
 from .reuse import Stages
 
 TEXTS = ("general", "train", "valid", "test")
-CORPORA = ("general", "domain", "valid", "test")
-"""`domain` is the prefix of the train files that the memories learn."""
 
 
 def build_text(recipe: Recipe, stages: Stages) -> tuple[dict[str, Corpus], PreTrainedTokenizerBase]:
