@@ -11,6 +11,7 @@ cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 MDK_SHIM_DEVICE="${MDK_SHIM_DEVICE:-90,132,232448}"
 
 losses="tests/test_sparse_kl.py tests/test_sparse_kl_inplace.py tests/test_token_logprobs.py"
+composed="tests/test_linear_sparse_kl.py tests/test_linear_token_logprobs.py tests/test_linear_autograd.py"
 mixtures="tests/test_logit_mix.py tests/test_mix_argmax.py tests/test_mix_sample.py tests/test_mix_verify.py"
 cuda="tests/test_cuda_host.py tests/test_mix_cuda_host.py tests/test_knn_targets_gpu.py"
 few_cuda="cuda_host or knn or 50257 or gpt2 or (widths and bfloat16)"
@@ -24,7 +25,7 @@ if ls build/cmake-*/CMakeFiles/cuda_kernels.dir >/dev/null 2>&1; then
   # shellcheck disable=SC2086  # one word per file
   "$python" -m pytest -p no:cacheprovider -n 2 $cuda $losses -k "$few_cuda" || status=$?
   [ "$which" != all ] ||
-    "$python" -m pytest -p no:cacheprovider -n 2 $mixtures -k "$few_cuda" || status=$?
+    "$python" -m pytest -p no:cacheprovider -n 2 $mixtures $composed -k "$few_cuda" || status=$?
   unset MDK_CUDA_SHIM
 else
   echo "the CUDA extension was not built (no nvcc?): only the kernels of Triton"
