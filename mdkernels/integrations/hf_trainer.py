@@ -24,6 +24,9 @@ class SparseKLTrainer(Trainer):
     without targets is scored by CE alone, so exp(eval_loss) is the perplexity (up to rounding of
     unequal batches).
 
+    `class T(SparseKLTrainer, trl.SFTTrainer): pass` is the same with TRL's, whose dataset_kwargs
+    then need {"skip_prepare_dataset": True}.
+
     `args.remove_unused_columns` is set to False: the Trainer would drop the targets.
 
     Args:
