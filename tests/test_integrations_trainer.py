@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from integration_fixtures import assert_close, dense_loss, gradients
 from pipeline_fixtures import tiny_model
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from train_fixtures import BLOCK, STRIDE, make_corpus, make_targets
 
@@ -153,7 +153,8 @@ def worker(rank: int, root, port: int) -> None:
     model = tiny_model("llama")
     for layer in model.model.layers:
         fully_shard(layer)
-    fully_shard(model)
+    # As accelerate does for bf16; the loss must not be rounded to it.
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))
     mine = SparseTargetsCollator()([dataset(root)[i] for i in (2 * rank, 2 * rank + 1)])
     for _ in range(2):  # the second pass would see what the first left behind
         model.zero_grad()
