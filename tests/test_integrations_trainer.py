@@ -148,7 +148,10 @@ def worker(rank: int, root, port: int) -> None:
     results = {}
     changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     step, log = trained(root / f"ddp{rank}", dataset(root, 4), **changes)
-    results["ddp"], results["log"] = step, log["loss"]
+    results["ddp"], results["log"] = step, log
+    options = {"eval_dataset": dataset(root, 3), "kl_weight": 0.3}
+    settings = arguments(root / f"eval{rank}", per_device_eval_batch_size=1)
+    results["eval"] = SparseKLTrainer(tiny_model("llama"), settings, **options).evaluate()
 
     model = tiny_model("llama")
     for layer in model.model.layers:
@@ -193,4 +196,14 @@ def two_processes(root):
 def test_two_processes_take_the_step_of_one(two_processes, expected, how):
     gradient, loss = expected
     assert_close(two_processes[how], gradient, 1e-4)
-    assert two_processes["log"] == pytest.approx(loss, rel=1e-5)
+    log = two_processes["log"]
+    assert log["loss"] == pytest.approx(loss, rel=1e-5)
+    assert 0.3 * log["kl"] + 0.7 * log["ce"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_two_processes_evaluate_as_one(two_processes, root):
+    """Of three windows one of them gets two, the other one again the first."""
+    model = tiny_model("llama").double()
+    batches = [SparseTargetsCollator()([item]) for item in dataset(root, 3)]
+    expected = sum(float(dense_loss(model, batch, 0.3).detach()) for batch in batches) / 3
+    assert two_processes["eval"]["eval_loss"] == pytest.approx(expected, rel=1e-5)
