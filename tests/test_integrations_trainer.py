@@ -139,6 +139,12 @@ def test_settings_that_would_change_the_loss_are_refused(root, tmp_path):
         SparseKLTrainer(model, arguments(tmp_path), kl_weight=1.5)
 
 
+def test_a_model_compiled_as_a_whole_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # torch_compile leaves it changed
+    with pytest.raises(ValueError, match=r"args\.torch_compile: .* model\.base_model\.compile\(\)"):
+        SparseKLTrainer(tiny_model("llama"), arguments(tmp_path, torch_compile=True))
+
+
 def worker(rank: int, root, port: int) -> None:
     """The same four windows on two processes: by the Trainer's DDP, then sharded by FSDP2."""
     torch.set_num_threads(1)

@@ -33,6 +33,7 @@ class SparseKLTrainer(Trainer):
         kl_weight: weight of the KL term, the rest is CE; the paper's beta, in [0, 1].
 
     Raises ValueError for `compute_loss_func` or `label_smoothing_factor`, which would change the
+    loss, for `torch_compile`, in place of which `model.base_model.compile()` compiles all but the
     loss, and what `causal_lm_loss` raises.
     """
 
@@ -54,6 +55,11 @@ class SparseKLTrainer(Trainer):
             raise ValueError(
                 f"args.label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}; "
                 "the targets are soft already"
+            )
+        if self.args.torch_compile:
+            raise ValueError(
+                "args.torch_compile: expected False, as the loss runs inside the model's forward; "
+                "call model.base_model.compile() instead"
             )
         self.args.remove_unused_columns = False
         # The count of scored positions is ours to divide by, whatever the model's forward accepts.
