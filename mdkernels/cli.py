@@ -141,7 +141,7 @@ def _add(parser: argparse.ArgumentParser, option: Option) -> None:
         if option.choices:
             settings |= {"choices": option.choices, "metavar": None}
         if option.many:
-            settings["nargs"] = "+"
+            settings |= {"nargs": "+", "action": "extend"}
     parser.add_argument(option.flag, dest=option.name, **settings)
 
 

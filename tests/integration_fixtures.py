@@ -1,8 +1,11 @@
 """A dense float64 oracle of the loss for batches of the integrations, without the package's ops."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from helpers import dense_probs
+from pipeline_fixtures import VOCAB_SIZE
 
 
 def dense_loss(model, batch, kl_weight, reduction="mean"):
@@ -36,3 +39,36 @@ def assert_close(found, expected, rtol):
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert (found[name] - value).abs().max() <= rtol * value.abs().max(), name
+
+
+def topk_examples(k=4):
+    """Three examples of lists with the columns that axolotl prepares: row t of the teacher is about
+    token t itself, with padded and masked entries."""
+    draw = torch.Generator().manual_seed(0)
+    examples = []
+    for length in (9, 6, 9):
+        tokens = torch.randint(1, VOCAB_SIZE, (length,), generator=draw).tolist()
+        labels = [-100] * 3 + tokens[3:]
+        logprobs, ids = torch.randn(length, VOCAB_SIZE, generator=draw).log_softmax(-1).topk(k)
+        logprobs[4, -1], ids[4, -1] = -torch.inf, 0
+        logprobs[:3] = 0.0  # of tokens that are not scored
+        mask = [[1] * k for _ in tokens]
+        mask[5] = [1] * (k - 1) + [0]
+        columns = {"target_token_ids": ids.tolist(), "target_logprobs": logprobs.tolist()}
+        examples.append({"input_ids": tokens, "labels": labels, "target_mask": mask} | columns)
+    return examples
+
+
+def topk_dense(examples, renormalize=False):
+    """(scored positions of all examples, VOCAB_SIZE) teacher probabilities, in float64."""
+    rows = []
+    for example in examples:
+        for t in range(1, len(example["labels"])):
+            if example["labels"][t] == -100:
+                continue
+            row = torch.zeros(VOCAB_SIZE, dtype=torch.float64)
+            columns = (example[f"target_{name}"][t] for name in ("token_ids", "logprobs", "mask"))
+            for token, logprob, keep in zip(*columns, strict=True):
+                row[token] += math.exp(logprob) * keep
+            rows.append(row / row.sum() if renormalize else row)
+    return torch.stack(rows)

@@ -185,6 +185,17 @@ def test_nobody_reads_the_output(flush):
         assert process.wait() == 141
 
 
+def test_a_list_may_be_given_in_pieces(monkeypatch, capsys, tmp_path):
+    seen = {}
+    monkeypatch.setattr(cli_commands, "train", lambda **settings: seen.update(settings))
+    file = tmp_path / "train.json"
+    file.write_text(json.dumps({"corpus": "c", "model": "m", "out": "o", "track": "aim"}))
+    pieces = ["--track", "wandb", "--track", "tensorboard", "mlflow"]
+    status, _, err = run("train", "--config", file, *pieces, capsys=capsys)
+    assert status == 0, err
+    assert seen["track"] == ["wandb", "tensorboard", "mlflow"]
+
+
 def test_config_file_and_flags(monkeypatch, capsys, tmp_path):
     seen = {}
     monkeypatch.setattr(cli_commands, "train", lambda **settings: seen.update(settings))

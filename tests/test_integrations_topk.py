@@ -3,9 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from integration_fixtures import topk_dense, topk_examples
+from pipeline_fixtures import VOCAB_SIZE
 
 from mdkernels import sparse_kl
-from mdkernels.integrations import from_topk_logprobs
+from mdkernels.integrations import SparseTargetsCollator, from_topk_logprobs
 
 VOCAB = 50
 NAN = float("nan")
@@ -87,3 +89,41 @@ def test_bad_input_is_named(changes, error, message):
     logprobs, ids = teacher(4)
     with pytest.raises(error, match=message):
         from_topk_logprobs(**{"token_ids": ids, "logprobs": logprobs} | changes)
+
+
+# --- the same as columns of a dataset
+
+
+@pytest.mark.parametrize("renormalize", [False, True])
+def test_columns_become_the_targets_of_the_scored_positions(renormalize):
+    examples = topk_examples()
+    batch = SparseTargetsCollator(renormalize=renormalize)(examples)
+    expected = topk_dense(examples, renormalize)
+    assert len(batch["scored"]) == len(expected)
+    found = batch["targets"].to_dense(VOCAB_SIZE).double()
+    assert torch.allclose(found, expected, rtol=1e-6)
+    for example in examples:  # with labels that are shifted, so are the rows
+        for name in ("target_token_ids", "target_logprobs", "target_mask"):
+            example[name] = [*example[name][1:], example[name][0]]
+        example["shift_labels"] = [*example.pop("labels")[1:], -100]
+    shifted = SparseTargetsCollator(renormalize=renormalize)(examples)
+    assert torch.equal(shifted["shift_labels"], batch["shift_labels"])
+    assert torch.equal(shifted["targets"].to_dense(VOCAB_SIZE).double(), found)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target_logprobs": None}, r"target_logprobs of number 1 is NoneType, .* \(6, k\)"),
+        ({"target_token_ids": [[1, 2], [3]] * 3}, "target_token_ids of number 1 is list"),
+        ({"target_mask": [[1] * 4] * 5}, r"target_mask of number 1 is \(5, 4\), .* \(6, k\)"),
+        ({"target_mask": [[1] * 3] * 6}, r"number 1: mask: expected"),
+        ({"target_logprobs": [[0.0] * 4] * 6}, "number 1: logprobs: .* sum to 4"),
+        ({"targets": from_topk_logprobs(*teacher()[::-1])}, "expected targets or"),
+    ],
+)
+def test_bad_columns_are_named(changes, message):
+    examples = topk_examples()
+    examples[1] |= changes
+    with pytest.raises(ValueError, match=message):
+        SparseTargetsCollator()(examples)

@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 from integration_fixtures import assert_close, dense_loss, gradients
 from pipeline_fixtures import tiny_model
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from train_fixtures import BLOCK, STRIDE, make_corpus, make_targets
 
@@ -139,6 +139,12 @@ def test_settings_that_would_change_the_loss_are_refused(root, tmp_path):
         SparseKLTrainer(model, arguments(tmp_path), kl_weight=1.5)
 
 
+def test_a_model_compiled_as_a_whole_is_refused_before_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")  # torch_compile leaves it changed
+    with pytest.raises(ValueError, match=r"args\.torch_compile: .* model\.base_model\.compile\(\)"):
+        SparseKLTrainer(tiny_model("llama"), arguments(tmp_path, torch_compile=True))
+
+
 def worker(rank: int, root, port: int) -> None:
     """The same four windows on two processes: by the Trainer's DDP, then sharded by FSDP2."""
     torch.set_num_threads(1)
@@ -148,12 +154,16 @@ def worker(rank: int, root, port: int) -> None:
     results = {}
     changes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
     step, log = trained(root / f"ddp{rank}", dataset(root, 4), **changes)
-    results["ddp"], results["log"] = step, log["loss"]
+    results["ddp"], results["log"] = step, log
+    options = {"eval_dataset": dataset(root, 3), "kl_weight": 0.3}
+    settings = arguments(root / f"eval{rank}", per_device_eval_batch_size=1)
+    results["eval"] = SparseKLTrainer(tiny_model("llama"), settings, **options).evaluate()
 
     model = tiny_model("llama")
     for layer in model.model.layers:
         fully_shard(layer)
-    fully_shard(model)
+    # As accelerate does for bf16; the loss must not be rounded to it.
+    fully_shard(model, mp_policy=MixedPrecisionPolicy(output_dtype=torch.bfloat16))
     mine = SparseTargetsCollator()([dataset(root)[i] for i in (2 * rank, 2 * rank + 1)])
     for _ in range(2):  # the second pass would see what the first left behind
         model.zero_grad()
@@ -192,4 +202,14 @@ def two_processes(root):
 def test_two_processes_take_the_step_of_one(two_processes, expected, how):
     gradient, loss = expected
     assert_close(two_processes[how], gradient, 1e-4)
-    assert two_processes["log"] == pytest.approx(loss, rel=1e-5)
+    log = two_processes["log"]
+    assert log["loss"] == pytest.approx(loss, rel=1e-5)
+    assert 0.3 * log["kl"] + 0.7 * log["ce"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_two_processes_evaluate_as_one(two_processes, root):
+    """Of three windows one of them gets two, the other one again the first."""
+    model = tiny_model("llama").double()
+    batches = [SparseTargetsCollator()([item]) for item in dataset(root, 3)]
+    expected = sum(float(dense_loss(model, batch, 0.3).detach()) for batch in batches) / 3
+    assert two_processes["eval"]["eval_loss"] == pytest.approx(expected, rel=1e-5)

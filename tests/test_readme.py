@@ -8,18 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from integration_fixtures import topk_examples
 from pipeline_fixtures import VOCAB_SIZE, save_tiny_checkpoint, tiny_model, tiny_tokenizer
 from train_fixtures import make_corpus, make_targets, same, weights
 from transformers import AutoModelForCausalLM
 
 import mdkernels
 from mdkernels.datastore import open_datastore
+from mdkernels.integrations import SparseKLTrainer
 from mdkernels.targets import open_targets
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 # What each block is recognised by; every block of the README has a test below.
 MIXTURE, DRAFTS, LOSS = "MemoryMixture.from", "fast_decode", "from_padded"
-LOOP, TRAINER = "for batch in loader", "SparseKLTrainer"
+LOOP, TRAINER, TRL = "for batch in loader", "import TrainingArguments", "SFTTrainer"
 LIGHTNING, TOPK, MLP = "LightningModule", "from_topk_logprobs", "KeyDataset"
 LM_EVAL = "MixtureLM"
 
@@ -54,7 +56,7 @@ def names(root, monkeypatch):
 
 
 def test_every_block_is_tested_and_short():
-    marks = (MIXTURE, DRAFTS, LM_EVAL, LOSS, LOOP, TRAINER, LIGHTNING, TOPK, MLP)
+    marks = (MIXTURE, DRAFTS, LM_EVAL, LOSS, LOOP, TRAINER, LIGHTNING, TOPK, TRL, MLP)
     assert [sum(mark in text for mark in marks) for text in blocks()] == [1] * len(marks)
     for text in blocks():
         lines = [line for line in text.splitlines() if line.strip()]
@@ -155,6 +157,19 @@ def test_topk_teacher_against_dense_kl(names):
     kl = F.kl_div(logq[scored], dense[scored], reduction="batchmean")
     expected = 0.9 * kl + 0.1 * F.nll_loss(logq[scored], shift_labels[scored])
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def test_trl_on_topk_columns(names, monkeypatch):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+
+    monkeypatch.setenv("CI", "1")  # no telemetry
+    monkeypatch.setattr(trl, "SFTConfig", functools.partial(trl.SFTConfig, use_cpu=True))
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_checkpoint("gpt", "gpt2"))
+    before = weights(model)
+    data = Dataset.from_list(topk_examples())
+    run(TRL, names | {"SparseKLTrainer": SparseKLTrainer, "model": model, "dataset": data})
+    assert not same(before, weights(model))
 
 
 def test_mlp_memory_on_the_keys(names):

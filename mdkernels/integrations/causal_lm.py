@@ -78,26 +78,46 @@ def causal_lm_loss(
         targets = SparseTargets.empty(len(labels), device=labels.device)
     targets = targets.to(labels.device, non_blocking=True)
 
+    found: list[SparseKLOutput] = []
+
     def loss_of(hidden: Tensor) -> Tensor:
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, scored)
         options = {"bias": head.bias, "kl_weight": kl_weight, "reduction": reduction}
         out = linear_sparse_kl(rows, head.weight, targets, labels, **options)
-        values = [out.loss, out.kl.detach(), out.ce.detach(), torch.full_like(out.loss, _MARK)]
-        # (1, 1, 4), as logits have three dimensions; no view, which FSDP2 would warn of.
+        found.append(out)
+        # (1, 1, 2), as logits have three dimensions; no view, which FSDP2 would warn of.
+        values = [out.loss, torch.full_like(out.loss, _MARK)]
         return torch.stack([value.view(1, 1) for value in values], dim=-1)
 
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask") if name in batch}
-    with _instead_of(head, loss_of) as calls:
+    with _instead_of(head, loss_of):
         logits = model(**inputs, use_cache=False, return_dict=True).logits
     if head not in _unchanged:  # once per model, because it waits for the device
-        if len(calls) != 1 or logits.numel() != 4 or float(logits.detach()[0, 0, 3]) != _MARK:
+        if len(found) != 1 or logits.numel() != 2 or float(logits.detach()[0, 0, 1]) != _MARK:
             raise ValueError(
                 f"model {model_id(inner)} ({inner.config.model_type}) changes its logits after the "
                 "LM head, or calls it more than once; compute its logits and call "
                 "mdkernels.sparse_kl on the scored rows"
             )
         _unchanged.add(head)
-    return SparseKLOutput(*logits[0, 0, :3].unbind())
+    out = found[-1]
+    return SparseKLOutput(_Behind.apply(out.loss, logits), out.kl.detach(), out.ce.detach())
+
+
+class _Behind(torch.autograd.Function):
+    """`loss`, whose backward pass begins with that of `logits`: there FSDP2 gathers the weights.
+
+    What logits are made of includes the loss, but a dtype policy may have rounded them.
+    """
+
+    @staticmethod
+    def forward(ctx, loss: Tensor, logits: Tensor) -> Tensor:
+        ctx.zeros = torch.zeros_like(logits)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, ctx.zeros
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
@@ -119,21 +139,15 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _instead_of(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[list[int]]:
-    """Within the context, `head(x)` is `function(x)` amid the head's hooks; yields a call log."""
+def _instead_of(head: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Within the context, `head(x)` is `function(x)` amid the head's hooks."""
     if "forward" in vars(head):
         raise ValueError(
             f"model: the forward of its LM head was already replaced, by {head.forward!r}; load it "
             "without device_map or offloading"
         )
-    calls: list[int] = []
-
-    def forward(hidden: Tensor) -> Tensor:
-        calls.append(len(calls))
-        return function(hidden)
-
-    head.forward = forward
+    head.forward = function
     try:
-        yield calls
+        yield
     finally:
         del head.forward

@@ -20,9 +20,12 @@ class SparseKLTrainer(Trainer):
     Everything else is the Trainer's: arguments, checkpoints, DDP, callbacks. The loss is summed
     over the scored positions and divided by their number in all micro-batches and processes of an
     optimizer step, so that gradient accumulation changes nothing; logs carry `kl` and `ce` (nats
-    per scored position since the last log, of this process) beside `loss`. An evaluation set
+    per scored position since the last log) beside `loss`. An evaluation set
     without targets is scored by CE alone, so exp(eval_loss) is the perplexity (up to rounding of
     unequal batches).
+
+    `class T(SparseKLTrainer, trl.SFTTrainer): pass` is the same with TRL's, whose dataset_kwargs
+    then need {"skip_prepare_dataset": True}.
 
     `args.remove_unused_columns` is set to False: the Trainer would drop the targets.
 
@@ -30,6 +33,7 @@ class SparseKLTrainer(Trainer):
         kl_weight: weight of the KL term, the rest is CE; the paper's beta, in [0, 1].
 
     Raises ValueError for `compute_loss_func` or `label_smoothing_factor`, which would change the
+    loss, for `torch_compile`, in place of which `model.base_model.compile()` compiles all but the
     loss, and what `causal_lm_loss` raises.
     """
 
@@ -52,6 +56,11 @@ class SparseKLTrainer(Trainer):
                 f"args.label_smoothing_factor: expected 0, got {self.args.label_smoothing_factor}; "
                 "the targets are soft already"
             )
+        if self.args.torch_compile:
+            raise ValueError(
+                "args.torch_compile: expected False, as the loss runs inside the model's forward; "
+                "call model.base_model.compile() instead"
+            )
         self.args.remove_unused_columns = False
         # The count of scored positions is ours to divide by, whatever the model's forward accepts.
         self.model_accepts_loss_kwargs = True
@@ -73,6 +82,10 @@ class SparseKLTrainer(Trainer):
         kl_weight = 0.0 if without else self.kl_weight
         out = causal_lm_loss(model, inputs, kl_weight=kl_weight, reduction="sum")
         rows = (inputs["shift_labels"] != IGNORE_INDEX).sum()
+        if not model.training:
+            # Of all processes, some of which may repeat a batch for want of another; and evaluation
+            # averages the losses of batches.
+            num_items_in_batch = None
         count = rows if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
         loss = out.loss / count.clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -88,7 +101,7 @@ class SparseKLTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs and self._sums is not None:
-            kl, ce, rows = self._sums.tolist()
+            kl, ce, rows = self.accelerator.reduce(self._sums).tolist()
             logs |= {"kl": kl / max(rows, 1), "ce": ce / max(rows, 1)}
             self._sums = None
         super().log(logs, *args, **kwargs)

@@ -28,9 +28,12 @@ def from_topk_logprobs(
         SparseTargets.from_padded(token_ids.flatten(0, -2), probs.flatten(0, -2), keep)
 
     Entries that do not count: those `mask` rules out, log-probabilities of -inf or so low that
-    exp is 0 in fp32 (-1e9), negative ids. A position without any is an empty row: no KL. Row t is
-    the teacher's distribution of the token *after* position t; data whose row t describes token t
-    itself is to be shifted first, as its labels are.
+    exp is 0 in fp32 (-1e9), negative ids. A position without any is an empty row: no KL.
+
+    Row t is the teacher's distribution of the token *after* position t, and logits[t] its student.
+    So verl holds its teacher_ids and teacher_logprobs (padded with log-probability 0: pass a mask;
+    of nested tensors pass `.values()`). In vLLM's prompt_logprobs, axolotl's datasets and TRL's
+    AsyncDistillationTrainer row t describes token t itself: pass rows [:, 1:] and logits [:, :-1].
 
     Args:
         token_ids: (..., K) integers.

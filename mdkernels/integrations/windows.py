@@ -22,9 +22,12 @@ from ..corpus import Corpus, open_corpus
 from ..ops.sparse_targets import SparseTargets
 from ..targets import open_targets
 from ..value_checks import check_integer
+from .topk import from_topk_logprobs
 
 IGNORE_INDEX = -100
-_KNOWN = {"input_ids", "labels", "shift_labels", "attention_mask", "targets"}
+_VECTORS = ("input_ids", "labels", "shift_labels", "attention_mask")
+_TOPK = ("target_token_ids", "target_logprobs", "target_mask")
+_KNOWN = {*_VECTORS, "targets", *_TOPK}
 
 
 class WindowDataset(Dataset):
@@ -97,7 +100,11 @@ class SparseTargetsCollator:
 
     An example is a mapping of input_ids (T,), `labels` or `shift_labels` (T,), optionally
     `attention_mask` (T,), and `targets`: SparseTargets on the CPU with a row per scored position.
-    Integer lists do as vectors. Either all examples have targets or none.
+    Lists do as vectors. Either all examples have targets or none.
+
+    In place of `targets`, an example may have the columns that axolotl prepares, (T, K) each and as
+    `from_topk_logprobs` takes them: target_token_ids, target_logprobs, perhaps target_mask. Row t
+    is the teacher's distribution of the token that labels[t], or shift_labels[t], names.
 
     Returns a dict of new tensors, B examples padded on the right to T, n scored positions:
         input_ids: (B, T) int64.
@@ -108,15 +115,22 @@ class SparseTargetsCollator:
         attention_mask: (B, T) int64, only if some example has one or is shorter than the others.
         targets: SparseTargets of n rows; it has .to(device), .pin_memory() and can be pickled.
 
+    Args:
+        pad_token_id: what input_ids are padded with.
+        renormalize: make the rows of target_logprobs sum to 1.
+
     Raises ValueError naming the example that is not as described.
     """
 
     pad_token_id: int = 0
+    renormalize: bool = False
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if not examples:
             raise ValueError("examples: got none, expected one or more")
-        parts = [_check(number, example) for number, example in enumerate(examples)]
+        parts = [
+            _check(number, example, self.renormalize) for number, example in enumerate(examples)
+        ]
         shift_labels = _pad([part["shift_labels"] for part in parts], IGNORE_INDEX)
         batch = {
             "input_ids": _pad([part["input_ids"] for part in parts], self.pad_token_id),
@@ -141,8 +155,8 @@ class SparseTargetsCollator:
         return batch
 
 
-def _check(number: int, example: Mapping[str, Any]) -> dict[str, Any]:
-    """The example with tensors, and its labels shifted."""
+def _check(number: int, example: Mapping[str, Any], renormalize: bool) -> dict[str, Any]:
+    """The example with tensors, its labels shifted, and SparseTargets if it has any targets."""
     unknown = sorted(set(example) - _KNOWN)
     if unknown:
         raise ValueError(
@@ -154,9 +168,7 @@ def _check(number: int, example: Mapping[str, Any]) -> dict[str, Any]:
             f"examples: number {number} has {sorted(example)}; expected input_ids, and labels "
             "(labels[t] is input_ids[t]) or shift_labels (shift_labels[t] comes after position t)"
         )
-    part = {
-        name: _vector(number, name, value) for name, value in example.items() if name != "targets"
-    }
+    part = {name: _vector(number, name, example[name]) for name in _VECTORS if name in example}
     if "labels" in part:
         labels = part.pop("labels")
         part["shift_labels"] = torch.cat([labels[1:], labels.new_full((1,), IGNORE_INDEX)])
@@ -166,6 +178,12 @@ def _check(number: int, example: Mapping[str, Any]) -> dict[str, Any]:
             f"examples: number {number} has shapes {shapes}, expected vectors of one length"
         )
     targets = example.get("targets")
+    if not example.keys().isdisjoint(_TOPK):
+        if targets is not None:
+            raise ValueError(
+                f"examples: number {number} has {sorted(example)}; expected targets or {_TOPK}"
+            )
+        targets = _topk(number, example, part["shift_labels"] != IGNORE_INDEX, renormalize)
     if targets is not None:
         if not isinstance(targets, SparseTargets):
             raise ValueError(
@@ -180,6 +198,31 @@ def _check(number: int, example: Mapping[str, Any]) -> dict[str, Any]:
             )
         part["targets"] = targets
     return part
+
+
+def _topk(
+    number: int, example: Mapping[str, Any], scored: Tensor, renormalize: bool
+) -> SparseTargets:
+    """The targets of the scored positions from the top-k columns of an example."""
+    columns = []
+    for name in _TOPK:
+        if name == "target_mask" and name not in example:
+            continue
+        try:
+            column = torch.as_tensor(example.get(name))
+        except (TypeError, ValueError, RuntimeError):
+            column = None
+        if column is None or column.ndim != 2 or len(column) != len(scored):
+            found = type(example.get(name)).__name__ if column is None else tuple(column.shape)
+            raise ValueError(
+                f"examples: {name} of number {number} is {found}, expected numbers of shape "
+                f"({len(scored)}, k)"
+            )
+        columns.append((column.roll(-1, 0) if "labels" in example else column)[scored])
+    try:
+        return from_topk_logprobs(*columns, renormalize=renormalize)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"examples: number {number}: {error}") from error
 
 
 def _vector(number: int, name: str, value: Any) -> Tensor:
