@@ -7,7 +7,6 @@ The oracle is numpy in probability space: sum_k w_k softmax(x_k / t), no log-sum
 the code under test. Inputs are rounded to the dtype under test first, so it sees what the op sees.
 """
 
-import contextlib
 import functools
 import os
 import signal
@@ -16,7 +15,7 @@ import cuda_host
 import numpy as np
 import pytest
 import torch
-from helpers import INTERPRETED, PTX_TRITON
+from helpers import INTERPRETED, PTX_TRITON, threads
 
 import mdkernels
 from mdkernels.ops import native
@@ -96,16 +95,6 @@ def backend(request):
         extension.set_isa(before)
 
 
-@contextlib.contextmanager
-def threads(count: int):
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def generator(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -154,19 +143,6 @@ def worst(got: torch.Tensor, want: torch.Tensor) -> float:
     rest = ~finite & ~want.isnan()
     assert torch.equal(got[rest].double(), want[rest].double())
     return float((got[finite].double() - want[finite]).abs().max()) if finite.any() else 0.0
-
-
-@pytest.fixture
-def poisoned_memory():
-    """Every new tensor starts as NaN (integers: the largest value) until somebody writes it."""
-    before = torch.are_deterministic_algorithms_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.utils.deterministic.fill_uninitialized_memory = fill
-    torch.use_deterministic_algorithms(before)
 
 
 def same_after_fork(run) -> bool:

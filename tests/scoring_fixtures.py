@@ -3,21 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from pipeline_fixtures import tiny_documents, tiny_tokenizer
-
-from mdkernels.corpus import build_corpus
-
-
-def corpus_of(path, count, seed):
-    documents = tiny_documents(count, seed=seed)
-    return build_corpus(documents, tiny_tokenizer(), path, as_text=True)
+from train_fixtures import make_corpus
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
     """A test corpus and a validation corpus."""
     root = tmp_path_factory.mktemp("corpora")
-    return corpus_of(root / "test", 6, 3), corpus_of(root / "valid", 4, 4)
+    return make_corpus(root / "test", 6, 3), make_corpus(root / "valid", 4, 4)
 
 
 def naive_logprobs(model, corpus, block, stride):

@@ -9,7 +9,8 @@ import pytest
 import scoring_fixtures
 import torch
 from pipeline_fixtures import tiny_model, tiny_tokenizer
-from scoring_fixtures import corpus_of, naive_logprobs
+from scoring_fixtures import naive_logprobs
+from train_fixtures import make_corpus
 
 from mdkernels import linear_token_logprobs, token_logprobs
 from mdkernels.evaluate import MixtureEval, evaluate, gold_logprobs, knn_logprobs
@@ -62,7 +63,7 @@ def test_evaluate_reports_the_mixture_of_the_test_text(text, tmp_path, capsys):
 
 
 def test_intervals_are_of_documents_where_there_are_enough(text, tmp_path):
-    corpus = corpus_of(tmp_path / "many", 24, 5)
+    corpus = make_corpus(tmp_path / "many", 24, 5)
     base, memory = tiny_model("gpt2"), tiny_model("llama", seed=1)
     report = evaluate(base, memory, corpus, mix_weight=0.4, block=32)
     assert report["interval"]["unit"] == "document"

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from mixture_fixtures import left_padded
 from pipeline_fixtures import (
     FAMILIES,
     require_shared_data,
@@ -25,13 +26,6 @@ PROMPTS = ["the tensor returns", "a kernel", "every row sorts its neighbours in 
 
 def encode(text):
     return tiny_tokenizer()(text, add_special_tokens=False).input_ids
-
-
-def left_padded(rows):
-    width = max(map(len, rows))
-    ids = torch.tensor([[7] * (width - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-    return ids, mask
 
 
 @torch.no_grad()

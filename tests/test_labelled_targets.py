@@ -5,9 +5,10 @@ import io
 import numpy as np
 import pytest
 import torch
+import train_fixtures
 from pipeline_fixtures import tiny_model
 from tqdm import tqdm
-from train_fixtures import config, make_corpus, make_targets, same, steps, weights
+from train_fixtures import config, same, steps, weights
 
 from mdkernels import SparseTargets
 from mdkernels.artifact import ArtifactError
@@ -16,12 +17,7 @@ from mdkernels.target_rows import LabelledTargets
 from mdkernels.targets import open_targets
 from mdkernels.train import train
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
+data = train_fixtures.data
 
 
 @pytest.fixture

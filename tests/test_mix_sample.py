@@ -6,6 +6,7 @@ import mix_fixtures
 import numpy as np
 import pytest
 import torch
+from helpers import threads
 from mix_fixtures import (
     DTYPES,
     UNCHECKED,
@@ -24,7 +25,6 @@ from mix_fixtures import (
     place,
     same_after_fork,
     softmax,
-    threads,
     worst,
 )
 from mix_sample_oracle import draw, exponentials

@@ -6,6 +6,7 @@ import mix_fixtures
 import numpy as np
 import pytest
 import torch
+from helpers import threads
 from mix_fixtures import (
     DTYPES,
     UNCHECKED,
@@ -20,7 +21,6 @@ from mix_fixtures import (
     pair,
     place,
     same_after_fork,
-    threads,
 )
 from mix_verify_oracle import distributions, drafts, verify
 

@@ -4,6 +4,7 @@ import mix_fixtures
 import numpy as np
 import pytest
 import torch
+from helpers import threads
 from mix_fixtures import (
     ON_GPU,
     UNCHECKED,
@@ -13,7 +14,6 @@ from mix_fixtures import (
     mix_verify,
     needs_cpu,
     pair,
-    threads,
 )
 from mix_sample_oracle import g_test, processed
 

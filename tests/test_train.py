@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import train_fixtures
 from pipeline_fixtures import FAMILIES, tiny_model, tiny_tokenizer
-from train_fixtures import BLOCK, STRIDE, config, make_corpus, make_targets, same, steps, weights
+from train_fixtures import BLOCK, STRIDE, config, make_corpus, same, steps, weights
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from mdkernels import memory_loss
@@ -16,13 +17,7 @@ from mdkernels.distributed import Processes
 from mdkernels.schedule import Schedule
 from mdkernels.train import TrainConfig, train
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A corpus and its kNN targets."""
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
+data = train_fixtures.data
 
 
 def dense_reference(data, model, order, *, beta, lr, objective_steps, batch_size, weight_decay=0.0):

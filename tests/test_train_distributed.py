@@ -9,13 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import train_fixtures
 from pipeline_fixtures import tiny_model
 from train_fixtures import (
     BLOCK,
     STRIDE,
     config,
-    make_corpus,
-    make_targets,
     needs_peft,
     same,
     steps,
@@ -33,11 +32,7 @@ pytestmark = pytest.mark.skipif(
 MODES = list(FAMILY)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
+data = train_fixtures.data
 
 
 @pytest.fixture(scope="module")

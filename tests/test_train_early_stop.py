@@ -3,16 +3,14 @@
 import json
 
 import pytest
-from train_fixtures import Stop, config, make_data, same, steps, weights
+import train_fixtures
+from train_fixtures import Stop, config, same, steps, weights
 from transformers import AutoModelForCausalLM
 
 from mdkernels.artifact import ArtifactError
 from mdkernels.train import train
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
+data = train_fixtures.data
 
 
 def scores(values, stop=None):

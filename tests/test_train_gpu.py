@@ -2,19 +2,16 @@
 
 import pytest
 import torch
+import train_fixtures
 from pipeline_fixtures import tiny_model
-from train_fixtures import config, make_corpus, make_targets, steps
+from train_fixtures import config, steps
 
 from mdkernels.train import _Run, train
 
 pytestmark = pytest.mark.gpu
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
+data = train_fixtures.data
 
 
 @pytest.mark.parametrize("options", [{}, {"dtype": "bfloat16", "grad_accum": 2, "clip": None}])

@@ -7,9 +7,10 @@ import signal
 
 import pytest
 import torch
+import train_fixtures
 from pipeline_fixtures import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from train_fixtures import Stop, config, make_data, needs_peft, same, steps, weights
+from train_fixtures import Stop, config, needs_peft, same, steps, weights
 from transformers import AutoModelForCausalLM
 
 from mdkernels import cli
@@ -17,10 +18,7 @@ from mdkernels import train as train_module
 from mdkernels.interrupt import CtrlC
 from mdkernels.train import train
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
+data = train_fixtures.data
 
 
 def rows_of(result):

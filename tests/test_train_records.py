@@ -5,19 +5,17 @@ import os
 import shutil
 
 import pytest
+import train_fixtures
 from pipeline_fixtures import tiny_model
 from safetensors import SafetensorError
-from train_fixtures import Stop, config, make_data, same, steps, weights
+from train_fixtures import Stop, config, same, steps, weights
 
 from mdkernels import checkpoint
 from mdkernels.artifact import ArtifactError
 from mdkernels.artifact_writer import ArtifactWriter
 from mdkernels.train import train
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
+data = train_fixtures.data
 
 
 def run(data, out, stop=None, seen=None, **changes):

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 
 import pytest
+import train_fixtures
 from pipeline_fixtures import save_tiny_checkpoint, tiny_model, tiny_tokenizer
-from train_fixtures import Stop, config, make_corpus, make_data, same, steps, weights
+from train_fixtures import Stop, config, make_corpus, same, steps, weights
 from transformers import AutoModelForCausalLM
 
 from mdkernels import checkpoint
@@ -16,10 +17,7 @@ from mdkernels.evaluate import evaluate
 from mdkernels.generate import generate
 from mdkernels.train import TrainConfig, train
 
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp("data"))
+data = train_fixtures.data
 
 
 def stop_at(step):

@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import train_fixtures
 from pipeline_fixtures import tiny_model
-from train_fixtures import config, make_corpus, make_targets, same, steps, weights
+from train_fixtures import config, same, steps, weights
 
 from mdkernels.artifact import ArtifactError
 from mdkernels.corpus import open_corpus
@@ -27,11 +28,7 @@ from mdkernels.train import train
 SAVE_EVERY, STEPS = 2, 30
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    root = tmp_path_factory.mktemp("data")
-    corpus = make_corpus(root / "corpus")
-    return corpus, make_targets(corpus, root)
+data = train_fixtures.data
 
 
 def dropout_model():

@@ -42,6 +42,11 @@ def make_data(root):
     return corpus, make_targets(corpus, root)
 
 
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
 class Stop(Exception):
     """Stands for whatever ends a run."""
 
