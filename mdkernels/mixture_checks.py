@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, WatermarkingConfig
 
 from .mix_weight import check_weights
-from .mixture_cache import CACHE, MixtureCache
+from .mixture_cache import CACHE, MixtureCache, holds_state, restarts
 from .mixture_config import context_length
 from .models import model_id
 
@@ -153,6 +153,19 @@ def check_cache(cache: Any, models: Sequence[PreTrainedModel]) -> MixtureCache |
     return cache
 
 
+def check_restarts(models: Sequence[PreTrainedModel], views: Sequence[Any], count: int) -> None:
+    """Raise ValueError where a pass over `count` tokens would forget what the cache holds."""
+    if count == 1:
+        return
+    for model, view in zip(models, views, strict=True):
+        if restarts(model) and view is not None and holds_state(view):
+            raise ValueError(
+                f"cache: model {model_id(model)} ({model.config.model_type}) reads {count} tokens "
+                "at once as if nothing had come before them; pass custom_generate=fast_decode to "
+                "generate(), or the whole text without a cache and without prefill_chunk_size"
+            )
+
+
 def weights_of_rows(mixture, mix_weight: Any, batch: int, kept: int) -> list[float] | Tensor:
     """`mix_weight` of one forward as `logit_mix` takes it for (batch * kept) rows."""
     if mix_weight is None:
@@ -196,7 +209,12 @@ def check_generate(
     caches = [kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
     kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}
     if caches:
-        kwargs[CACHE] = check_cache(caches[0], mixture.models)
+        cache = kwargs[CACHE] = check_cache(caches[0], mixture.models)
+        if cache.only_states and cache.read and kwargs.get("custom_generate") is None:
+            raise ValueError(
+                f"cache: none of its models counts what it has read ({cache.read} tokens), and "
+                "generate() would read them again; pass custom_generate=fast_decode, or no cache"
+            )
     prompt = kwargs.get("input_ids") if inputs is None else inputs
     if isinstance(prompt, Tensor):
         check_input_ids(mixture.models, prompt)
