@@ -94,6 +94,12 @@ def check_models(models: Sequence[Any]) -> list[PreTrainedModel]:
                 f"{name}: {type(model).__name__} takes no {CACHE}, so it would forget what it read "
                 "between two tokens; use a family that does (RWKV does not)"
             )
+        if not model._supports_default_dynamic_cache():
+            raise TypeError(
+                f"{name}: {type(model).__name__} keeps what it read in a cache of its own kind, "
+                "which generate() cannot reorder or reset beside others; use a family with the "
+                "caches of transformers (xLSTM and the first MiniMax have others)"
+            )
         if model.device != base.device:
             raise ValueError(
                 f"memory {model_id(model)} is on {model.device}, base {model_id(base)} on "

@@ -125,8 +125,10 @@ def test_padding_in_a_static_cache_of_the_fast_loop_is_refused():
     ("family", "message"),
     [
         ("rwkv", r"memory: RwkvForCausalLM takes no \w+, .* would forget"),
+        ("xlstm", r"memory: xLSTMForCausalLM keeps .* in a cache of its own kind"),
+        ("minimax", r"memory: MiniMaxForCausalLM keeps .* in a cache of its own kind"),
     ],
 )
-def test_a_family_without_a_cache_is_refused(family, message):
+def test_a_family_without_a_cache_that_others_share_is_refused(family, message):
     with pytest.raises(TypeError, match=message):
         MemoryMixture(tiny_model("llama"), stateful_model(family), 0.5)
