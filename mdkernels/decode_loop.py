@@ -12,6 +12,8 @@ from torch import Tensor
 from .decode_rows import Picker, Request, Rows, Slots, forward, passes
 from .mixture_cache import MixtureCache
 
+_RUN_AHEAD = ("cuda",)  # devices that the host does not wait for
+
 
 @dataclass
 class DecodeStats:
@@ -177,7 +179,10 @@ class Watch:
 
 
 def _watch(request: Request, rows: Rows):
-    if rows.ended.device.type != "cuda":
+    # What was read too far cannot be taken out of a state, nor put back into a window.
+    cache = request.cache
+    stays = request.keeps_cache and (any(cache.is_stateful) or any(cache.is_sliding))
+    if stays or rows.ended.device.type not in _RUN_AHEAD:
         return Watch(rows.ended, rows.eos, request.emit)
     from .cuda_graph import LateWatch
 
