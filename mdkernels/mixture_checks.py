@@ -14,7 +14,7 @@ from transformers import GenerationConfig, PreTrainedModel, WatermarkingConfig
 from .mix_weight import check_weights
 from .mixture_cache import CACHE, MixtureCache, holds_state, restarts
 from .mixture_config import context_length
-from .models import model_id
+from .models import merge_hint, model_id
 
 NO_CONTINUOUS_BATCHING = (
     "a mixture has no continuous batching: its paged cache is built from one configuration, with "
@@ -80,7 +80,7 @@ def check_models(models: Sequence[Any]) -> list[PreTrainedModel]:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"{name}: expected a live Hugging Face model, got {type(model).__name__}; "
-                "MemoryMixture.from_pretrained loads directories and hub ids"
+                "MemoryMixture.from_pretrained loads directories and hub ids" + merge_hint(model)
             )
         if hasattr(model, "mix_weight"):
             raise TypeError(

@@ -20,11 +20,11 @@ from .batches import Batch, WindowBatches
 from .corpus import Corpus, open_corpus, windows
 from .memory_loss import one_text_per_window
 from .mixture_config import context_length
-from .models import lm_head, model_id
+from .models import lm_head, model_id, plain_model
 from .ops.knn_targets import knn_targets
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.token_logprobs import token_logprobs
-from .value_checks import check_integer
+from .value_checks import check_integer, check_range
 
 # Of a model whose logits have to be taken whole; one window is taken in any case.
 _LOGITS_BYTES = 512 << 20
@@ -54,7 +54,8 @@ def gold_logprobs(
     go through `linear_token_logprobs`.
 
     Args:
-        model: a live Hugging Face causal LM; runs on its device, in its dtype.
+        model: a live Hugging Face causal LM, or one with adapters of peft; runs on its device, in
+            its dtype.
         block: tokens a window reads; `stride`: how many it scores (None: block // 2).
         batch_size: windows per forward pass.
         rows: (start, stop) to score only these; their contexts are those of the whole corpus.
@@ -65,11 +66,11 @@ def gold_logprobs(
     Raises ValueError when the model cannot score this corpus: context, vocabulary, no linear head;
     FloatingPointError for NaN logits.
     """
-    corpus = open_corpus(corpus)
+    model, corpus = plain_model(model), open_corpus(corpus)
     check_sizes(block, stride, batch_size)
     stride = max(1, block // 2) if stride is None else stride
     _check_fits(model, corpus, block)
-    start, stop = (0, corpus.num_rows) if rows is None else rows
+    start, stop = (0, corpus.num_rows) if rows is None else check_range("rows", rows)
     if not 0 <= start < stop <= corpus.num_rows:
         raise ValueError(f"rows: ({start}, {stop}) is no range within [0, {corpus.num_rows}]")
     spans = np.asarray(windows(corpus.num_rows, block, stride), dtype=np.int64)
