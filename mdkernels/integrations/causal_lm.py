@@ -57,6 +57,15 @@ def causal_lm_loss(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a live Hugging Face causal LM, got {type(model).__name__}"
+        )
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch: expected a mapping as SparseTargetsCollator makes it, got "
+            f"{type(batch).__name__}"
+        )
     inner = _unwrap(model)
     head = lm_head(inner)
     for name in ("input_ids", "shift_labels"):
