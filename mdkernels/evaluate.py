@@ -25,7 +25,7 @@ from .corpus import Corpus, open_corpus
 from .evaluate_report import format_table, plot_path, write_plot
 from .mix_weight import check_weights, fit_mix_weight, mixture_logprobs, weight_curve
 from .mixture_config import is_mixture
-from .models import load_config, load_model, model_id, plain_model
+from .models import check_source, load_config, load_model, model_id, plain_model
 from .scoring import check_context, check_sizes, gold_logprobs, knn_logprobs
 from .tokenizer_check import check_tokenizers
 from .train_config import DTYPES, resolve_device
@@ -195,6 +195,7 @@ class MixtureEval:
 
 def _one_model(name: str, source: Any) -> Any:
     """`source`, without the wrapper of peft. Raises ValueError for a mixture."""
+    check_source(name, source)
     source = plain_model(source)
     if is_mixture(source):
         shown = model_id(source) if isinstance(source, torch.nn.Module) else str(source)

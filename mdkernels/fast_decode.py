@@ -12,7 +12,7 @@ from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria_module
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .decode import check_draft, decoding_cache, stream_seeds
+from .decode import check_draft, check_mixture, decoding_cache, stream_seeds
 from .decode_loop import DecodeStats, run
 from .decode_rows import Request, Sampling, passes
 from .mixture import MemoryMixture
@@ -137,11 +137,7 @@ def fast_decode(
 
 
 def _check(model, config: GenerationConfig, synced_gpus, assistant_model, model_kwargs) -> None:
-    if not isinstance(model, MemoryMixture):
-        raise TypeError(
-            f"fast_decode: decodes a MemoryMixture, got {type(model).__name__}; for a base alone, "
-            "MemoryMixture(base, [])"
-        )
+    check_mixture("fast_decode", model)
     if (config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams: {config.num_beams} beams are no part of the fast loop{_WITHOUT}"

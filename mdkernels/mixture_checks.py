@@ -110,6 +110,7 @@ def check_models(models: Sequence[Any]) -> list[PreTrainedModel]:
 
 def check_input_ids(models: Sequence[PreTrainedModel], input_ids: Tensor) -> None:
     """(B, T) int64 of ids that every model can read. Looks at the values: synchronises a GPU."""
+    _check_tensor(input_ids)
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise ValueError(
             f"input_ids: expected (batch, length) int64, got {tuple(input_ids.shape)} "
@@ -126,8 +127,17 @@ def check_input_ids(models: Sequence[PreTrainedModel], input_ids: Tensor) -> Non
             )
 
 
+def _check_tensor(input_ids: Any) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids: expected a tensor, got {type(input_ids).__name__}; pass what a tokenizer "
+            'returns with return_tensors="pt" as generate(**batch)'
+        )
+
+
 def check_forward(mixture, input_ids: Tensor, labels: Tensor | None, keep: int | Tensor) -> None:
     """Of shapes only: this runs in a compiled step."""
+    _check_tensor(input_ids)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected (batch, length), got {tuple(input_ids.shape)}")
     context = mixture.config.max_position_embeddings
@@ -136,6 +146,8 @@ def check_forward(mixture, input_ids: Tensor, labels: Tensor | None, keep: int |
             f"input_ids: {input_ids.shape[1]} tokens do not fit the shortest context of base and "
             f"memories, {context}"
         )
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor as input_ids, got {type(labels).__name__}")
     if labels is not None and (labels.shape != input_ids.shape or not _is_zero(keep)):
         raise ValueError(
             f"labels: expected {tuple(input_ids.shape)} as input_ids, with logits_to_keep=0, got "
@@ -222,14 +234,9 @@ def check_generate(
                 "generate() would read them again; pass custom_generate=fast_decode, or no cache"
             )
     prompt = kwargs.get("input_ids") if inputs is None else inputs
-    if isinstance(prompt, Tensor):
+    if prompt is not None:
         check_input_ids(mixture.models, prompt)
         _check_mask(prompt, kwargs.get("attention_mask"), bool(caches))
-    elif prompt is not None:
-        raise TypeError(
-            f"input_ids: expected a tensor, got {type(prompt).__name__}; pass what a tokenizer "
-            'returns with return_tensors="pt" as generate(**batch)'
-        )
     if kwargs.get("mix_weight") is None:
         return kwargs
     if getattr(config, "guidance_scale", None) or kwargs.get("guidance_scale"):

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from .mix_weight import check_weights
 from .models import load_config
+from .ops.checks import number
 from .ops.logit_mix.arguments import TEMPERATURE_RANGE
 
 
@@ -77,11 +78,12 @@ class MemoryMixtureConfig(PreTrainedConfig):
 
 def check_temperature(memory_temperature: float) -> float:
     low, high = TEMPERATURE_RANGE
+    memory_temperature = number("memory_temperature", memory_temperature)
     if not low <= memory_temperature <= high:
         raise ValueError(
             f"memory_temperature must be > 0, within [{low:g}, {high:g}], got {memory_temperature}"
         )
-    return float(memory_temperature)
+    return memory_temperature
 
 
 def context_length(config: PreTrainedConfig) -> int | None:

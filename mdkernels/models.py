@@ -74,6 +74,14 @@ def plain_model(model):
     return inner
 
 
+def check_source(name: str, source: Any) -> None:
+    """Raise TypeError unless a model could be `source` or be loaded from it."""
+    if not isinstance(source, (str, os.PathLike, nn.Module)):
+        raise TypeError(
+            f"{name}: expected a directory, a hub id or a live model, got {type(source).__name__}"
+        )
+
+
 def merge_hint(model: Any) -> str:
     """The end of a message that refuses `model`: what to do if it is one of peft."""
     wrapped = hasattr(model, "get_base_model")

@@ -66,6 +66,13 @@ def gold_logprobs(
     Raises ValueError when the model cannot score this corpus: context, vocabulary, no linear head;
     FloatingPointError for NaN logits.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model: expected a live Hugging Face causal LM, got {type(model).__name__}; "
+            "mdkernels.models.load_model loads one"
+        )
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise TypeError(f"autocast: expected a torch.dtype or None, got {autocast!r:.60}")
     model, corpus = plain_model(model), open_corpus(corpus)
     check_sizes(block, stride, batch_size)
     stride = max(1, block // 2) if stride is None else stride

@@ -73,6 +73,8 @@ def causal_lm_loss(
             raise ValueError(
                 f"batch: has no {name}, got {sorted(batch)}; make it with SparseTargetsCollator"
             )
+        if not isinstance(batch[name], Tensor):
+            raise TypeError(f"batch: expected a tensor as {name}, got {type(batch[name]).__name__}")
     labels = batch["shift_labels"].reshape(-1)
     scored = batch.get("scored")
     if scored is None:
@@ -85,6 +87,8 @@ def causal_lm_loss(
                 f"batch: has no targets, which kl_weight {kl_weight} needs; got {sorted(batch)}"
             )
         targets = SparseTargets.empty(len(labels), device=labels.device)
+    if not isinstance(targets, SparseTargets):
+        raise TypeError(f"batch: expected SparseTargets as targets, got {type(targets).__name__}")
     targets = targets.to(labels.device, non_blocking=True)
 
     def loss_of(hidden: Tensor) -> Tensor:

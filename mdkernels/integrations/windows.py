@@ -143,6 +143,10 @@ class SparseTargetsCollator:
 
 def _check(number: int, example: Mapping[str, Any]) -> dict[str, Any]:
     """The example with tensors, and its labels shifted."""
+    if not isinstance(example, Mapping):
+        raise ValueError(
+            f"examples: number {number} is {type(example).__name__}, expected a mapping"
+        )
     unknown = sorted(set(example) - _KNOWN)
     if unknown:
         raise ValueError(
