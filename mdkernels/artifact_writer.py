@@ -41,6 +41,7 @@ from mdkernels.artifact import (
     read_artifact,
     read_kind,
 )
+from mdkernels.value_checks import check_path
 
 PROGRESS = "progress.json"
 # What the system says of a full disk, without the file.
@@ -107,6 +108,7 @@ class ArtifactWriter:
     def __init__(
         self, out: str | os.PathLike, kind: str, header: Mapping[str, Any], *, overwrite=False
     ):
+        check_path("out", out)
         self.out, self.kind = Path(os.path.realpath(out)), kind
         self.header = json.loads(canonical(header))
         _check_target(self.out, kind, overwrite)

@@ -234,10 +234,23 @@ def _checked_strings(documents: Any) -> Iterator[str]:
 
 def _sources(inputs: Any) -> list[str]:
     """Files and dataset names in reading order; directories replaced by the files below them."""
-    names = [inputs] if isinstance(inputs, (str, os.PathLike)) else list(inputs)
+    names = [inputs] if isinstance(inputs, (str, os.PathLike)) else inputs
+    if not isinstance(names, Iterable) or isinstance(names, bytes):
+        names = [names]
     sources: list[str] = []
-    for name in map(os.fspath, names):
+    for given in names:
+        if not isinstance(given, (str, os.PathLike)):
+            raise TypeError(
+                f"inputs: expected paths or dataset names, got {given!r:.60}; pass as_text=True if "
+                "the inputs are the documents themselves"
+            )
+        name = os.fspath(given)
         if name.startswith("hf:"):
+            if not name[3:].split(":")[0].strip():
+                raise ValueError(
+                    f"inputs: {name!r} names no dataset; expected hf:NAME, hf:NAME:CONFIG or "
+                    "hf:DIRECTORY"
+                )
             sources.append(name)
         # os.path, not Path: a long document passed as a path must not end in an OSError.
         elif os.path.isdir(name):

@@ -23,9 +23,10 @@ from transformers import PreTrainedModel
 from .artifact import Artifact, ArtifactError, read_artifact
 from .artifact_writer import ArtifactWriter
 from .corpus import Corpus, open_corpus, windows
-from .models import capture_keys, evaluating, load_model, model_hash, model_id
+from .models import capture_keys, check_source, evaluating, load_model, model_hash, model_id
 from .tokenizer_check import check_tokenizers
 from .train_config import resolve_device
+from .value_checks import check_number, check_sizes
 
 _SAMPLE_ROWS = 1 << 16
 
@@ -113,14 +114,15 @@ def build_datastore(
     that fp16 cannot hold: it is never clipped, which would move neighbours without a word.
     """
     corpus = open_corpus(corpus)
+    check_source("model", model)
     if not isinstance(model, PreTrainedModel):
         check_tokenizers([model], [corpus])
         model = load_model(model, dtype=dtype, device=resolve_device(device))
+    check_sizes(block, stride, batch_size)
+    check_number("checkpoint_seconds", checkpoint_seconds, least=0)
     stride = max(1, block // 2) if stride is None else stride
     spans = windows(corpus.num_rows, block, stride)
     _check_model(model, corpus, min(block, corpus.num_rows))
-    if batch_size < 1:
-        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
     header = {
         "tokenizer_hash": corpus.tokenizer_hash,
         "vocab_size": corpus.vocab_size,

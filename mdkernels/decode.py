@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -93,6 +93,14 @@ def decoding_cache(request: Request) -> MixtureCache:
     return MixtureCache([growing_cache(model.config) for model in request.mixture.models])
 
 
+def check_mixture(name: str, mixture: Any) -> None:
+    if not isinstance(mixture, MemoryMixture):
+        raise TypeError(
+            f"{name}: decodes a MemoryMixture, got {type(mixture).__name__}; for a base alone, "
+            "MemoryMixture(base, [])"
+        )
+
+
 def stream_seeds(seed: int | Tensor, input_ids: Tensor) -> Tensor:
     """(B,) int64: `seed`, or from an int one stream for each row."""
     if isinstance(seed, int):
@@ -142,6 +150,7 @@ def _check(
     mixture: MemoryMixture, input_ids: Tensor, attention_mask: Tensor | None, new: int
 ) -> Tensor | None:
     """The mask to use: None when nothing is padded, which lets attention skip it."""
+    check_mixture("mixture", mixture)
     check_input_ids(mixture.models, input_ids)
     if not isinstance(new, int) or new < 1:
         raise ValueError(f"max_new_tokens must be an integer >= 1, got {new!r}")

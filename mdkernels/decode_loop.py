@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .decode_rows import Picker, Request, Rows, Slots, forward
+from .decode_rows import Picker, Request, Rows, Slots, forward, passes
 from .mixture_cache import MixtureCache
+
+_RUN_AHEAD = ("cuda",)  # devices that the host does not wait for
 
 
 @dataclass
@@ -76,9 +78,11 @@ def _current(device: torch.device):
 def _leave_inference_mode(cache: MixtureCache) -> None:
     """Tensors made in inference mode could not be updated outside of it."""
     for layer in cache.layers:
-        for name, value in list(vars(layer).items()):
-            if isinstance(value, Tensor) and value.is_inference():
-                setattr(layer, name, value.clone())
+        states = [one for one in vars(layer).values() if isinstance(one, dict)]
+        for values in (vars(layer), *states):
+            for name, value in list(values.items()):
+                if isinstance(value, Tensor) and value.is_inference():
+                    values[name] = value.clone()
 
 
 def _plain(request: Request) -> Decoded:
@@ -96,6 +100,7 @@ def _plain(request: Request) -> Decoded:
     else:
         watch(rows.tokens[:, -1])
     watch.close()
+    request.cache.count(stats.base_passes)
     sequences, lengths = finish(request, rows.tokens)
     read_too_far = stats.base_passes - (sequences.shape[1] - first - 1)
     if read_too_far and request.keeps_cache:
@@ -116,13 +121,14 @@ def start(request: Request) -> tuple[Rows, Slots, Picker]:
     else:
         # Counted from each row's first token, or a padded row would be rotated differently.
         positions = (request.mask.cumsum(1) - 1).clamp(min=0)[:, past:]
-    size = request.prefill_chunk_size or fresh.shape[1]
-    for ids, at in zip(fresh.split(size, 1), positions.split(size, 1), strict=True):
+    pieces = passes(request)
+    for ids, at in zip(fresh.split(pieces, 1), positions.split(pieces, 1), strict=True):
         mask = slots.extend(ids.shape[1])
         logits = [
             forward(model, ids, mask, at, view)[:, -1]
             for model, view in zip(request.mixture.models, request.cache.views, strict=True)
         ]
+    request.cache.count(request.fresh)
     rows = Rows(request, positions)
     picker = Picker(request, logits)
     rows.append(picker.pick(logits, rows.offsets))
@@ -132,7 +138,7 @@ def start(request: Request) -> tuple[Rows, Slots, Picker]:
 def machinery(request: Request):
     """(together, as_graph): what runs functions side by side and returns their results, and what
     makes a function without arguments fast to call again."""
-    fixed = request.cache.is_compileable and not any(request.cache.is_sliding)
+    fixed = request.cache.is_static and not any(request.cache.is_sliding)
     if request.input_ids.device.type != "cuda" or not fixed:
         return lambda calls: [call() for call in calls], lambda function: function
     from .cuda_graph import Captured, Streams
@@ -176,7 +182,10 @@ class Watch:
 
 
 def _watch(request: Request, rows: Rows):
-    if rows.ended.device.type != "cuda":
+    # What was read too far cannot be taken out of a state, nor put back into a window.
+    cache = request.cache
+    stays = request.keeps_cache and (any(cache.is_stateful) or any(cache.is_sliding))
+    if stays or rows.ended.device.type not in _RUN_AHEAD:
         return Watch(rows.ended, rows.eos, request.emit)
     from .cuda_graph import LateWatch
 

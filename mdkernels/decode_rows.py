@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from .mixture import MemoryMixture
-from .mixture_cache import CACHE, MixtureCache, readable
+from .mixture_cache import CACHE, MixtureCache, readable, restarts
 from .ops.mix_argmax import mix_argmax
 from .ops.mix_sample import mix_sample
 from .ops.mix_verify import MixVerifyOutput, mix_verify
@@ -67,6 +67,17 @@ class Request:
     """Whether anyone looks at the cache afterwards."""
     updates_cache: bool = False
     """Whether the cache came from the caller, so that its tensors are not made here."""
+
+
+def passes(request: Request) -> list[int]:
+    """How many tokens each pass over the new part of the prompt reads."""
+    fresh = request.fresh
+    size = request.prefill_chunk_size or fresh
+    found = [min(size, fresh - start) for start in range(0, fresh, size)]
+    if any(map(restarts, request.mixture.models)):
+        first = [] if int(request.cache.get_seq_length()) else found[:1]
+        found = first + [1] * (fresh - sum(first))
+    return found
 
 
 def forward(
@@ -150,7 +161,7 @@ class Slots:
 
     def __init__(self, request: Request, room: int):
         past = int(request.cache.get_seq_length())
-        self.static = request.cache.is_compileable
+        self.static = request.cache.is_static
         self.length = past
         self.device = request.input_ids.device
         self.table: Tensor | None = None

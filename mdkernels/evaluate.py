@@ -24,11 +24,12 @@ from .bootstrap import MIN_UNITS, block_starts, document_starts, mean_intervals
 from .corpus import Corpus, open_corpus
 from .evaluate_report import format_table, plot_path, write_plot
 from .mix_weight import check_weights, fit_mix_weight, mixture_logprobs, weight_curve
-from .models import load_config, load_model, model_id
-from .scoring import check_context, check_sizes, gold_logprobs, knn_logprobs
+from .mixture_config import is_mixture
+from .models import check_source, load_config, load_model, model_id, plain_model
+from .scoring import check_context, gold_logprobs, knn_logprobs
 from .tokenizer_check import check_tokenizers
 from .train_config import DTYPES, resolve_device
-from .value_checks import check_choice
+from .value_checks import check_choice, check_path, check_sizes
 
 __all__ = ["MixtureEval", "evaluate", "format_table", "gold_logprobs", "knn_logprobs"]
 
@@ -55,7 +56,7 @@ def evaluate(
     """Score base, memory and mixture on `corpus`; print a table; return (and write) the numbers.
 
     Args:
-        base: model directory, hub id or live model.
+        base: model directory, hub id or live model, also one with adapters of peft.
         memory: the same, a list of several, or None for the base alone.
         corpus: the test text. valid: the text the mix weight is fitted on; not `corpus`.
         mix_weight: the paper's alpha, instead of a fit: one per memory, in [0, 1].
@@ -82,9 +83,15 @@ def evaluate(
     )
     check_sizes(block, stride, batch_size)
     check_choice("dtype", dtype, tuple(DTYPES))
+    base, *memories = [
+        _one_model("base" if i == 0 else "memory", source)
+        for i, source in enumerate([base, *memories])
+    ]
     corpus = open_corpus(corpus)
     valid = None if valid is None else open_corpus(valid)
     weights = None if mix_weight is None else check_weights(mix_weight, len(memories))
+    if out is not None:
+        check_path("out", out)
     plotted = plot_path(Path(out), bool(memories)) if plot and out is not None else None
     _check_plan(memories, corpus, valid, weights, [out, plotted], overwrite)
     corpora = [corpus] + ([valid] if valid is not None else [])
@@ -162,7 +169,7 @@ class MixtureEval:
         autocast: torch.dtype | None = None,
     ):
         self.corpus = open_corpus(corpus)
-        self.base = base
+        self.base = _one_model("base", base)
         self.options = {
             "block": block,
             "stride": stride,
@@ -184,6 +191,20 @@ class MixtureEval:
             "mixture_perplexity": _exp(fit.nats),
             "mix_weight": fit.weights[0],
         }
+
+
+def _one_model(name: str, source: Any) -> Any:
+    """`source`, without the wrapper of peft. Raises ValueError for a mixture."""
+    check_source(name, source)
+    source = plain_model(source)
+    if is_mixture(source):
+        shown = model_id(source) if isinstance(source, torch.nn.Module) else str(source)
+        raise ValueError(
+            f"{name}: {shown} is a mixture itself, whose models are scored one by one; with "
+            "mixture = MemoryMixture.from_pretrained(...) pass mixture.base as base and "
+            "mixture.memories as memory, or the directories that they came from"
+        )
+    return source
 
 
 def _check_plan(memories, corpus, valid, weights, written, overwrite) -> None:

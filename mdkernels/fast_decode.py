@@ -12,11 +12,11 @@ from transformers.generation import logits_process as processors
 from transformers.generation import stopping_criteria as criteria_module
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from .decode import check_draft, decoding_cache, stream_seeds
+from .decode import check_draft, check_mixture, decoding_cache, stream_seeds
 from .decode_loop import DecodeStats, run
-from .decode_rows import Request, Sampling
+from .decode_rows import Request, Sampling, passes
 from .mixture import MemoryMixture
-from .mixture_cache import CACHE
+from .mixture_cache import CACHE, attends, states
 
 _WITHOUT = "; generate() without custom_generate does that"
 # What a processor that the fused op replaces is called there, in the order it applies them.
@@ -122,12 +122,8 @@ def fast_decode(
             "continue a batch"
         )
     check_draft(request)
-    stateful_static = cache.is_compileable and any(cache.is_stateful)
-    if stateful_static and request.mask is not None:
-        raise ValueError(
-            "cache: static, with padded rows and a model whose layers keep a state (Mamba, linear "
-            "attention), which would not decode as they do alone; use the dynamic cache"
-        )
+    if any(cache.is_stateful) and request.mask is not None:
+        _check_padding(request)
     if not own and generation_config.cache_implementation is None:
         request.cache = decoding_cache(request)
     decoded = run(request)
@@ -141,11 +137,7 @@ def fast_decode(
 
 
 def _check(model, config: GenerationConfig, synced_gpus, assistant_model, model_kwargs) -> None:
-    if not isinstance(model, MemoryMixture):
-        raise TypeError(
-            f"fast_decode: decodes a MemoryMixture, got {type(model).__name__}; for a base alone, "
-            "MemoryMixture(base, [])"
-        )
+    check_mixture("fast_decode", model)
     if (config.num_beams or 1) > 1:
         raise ValueError(
             f"num_beams: {config.num_beams} beams are no part of the fast loop{_WITHOUT}"
@@ -179,6 +171,26 @@ def _check_positions(given: Tensor | None, mask: Tensor | None, fresh: int, cach
     if bool(differs.any()):
         raise ValueError(
             f"position_ids: the fast loop counts positions from each row's first token{_WITHOUT}"
+        )
+
+
+def _check_padding(request: Request) -> None:
+    """Of models that keep a state, which padding must not reach."""
+    cache, mask = request.cache, request.mask
+    if cache.is_static:
+        raise ValueError(
+            "cache: static, with padded rows and a model whose layers keep a state (Mamba, linear "
+            "attention), which would not decode as they do alone; use the dynamic cache"
+        )
+    hybrid = any(attends(view) and states(view) for view in cache.views)
+    sizes = torch.tensor(passes(request), device=mask.device)
+    alone = mask[:, -request.fresh :][:, (sizes == 1).repeat_interleave(sizes)]
+    # A pass over one token takes it for generated text, whatever the mask says.
+    if hybrid and not bool(alone.all()):
+        raise ValueError(
+            "attention_mask: holds padding where a model whose layers keep a state reads one token "
+            "at a time, which it would take for text; leave out prefill_chunk_size, or pass the "
+            "whole text without a cache"
         )
 
 

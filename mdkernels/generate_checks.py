@@ -9,7 +9,7 @@ import torch
 from .decode import check_drafts, check_sampling
 from .mix_weight import check_weights
 from .mixture_cache import MixtureCache
-from .mixture_config import MemoryMixtureConfig, check_temperature, context_length
+from .mixture_config import MemoryMixtureConfig, check_temperature, context_length, is_mixture
 from .models import load_config, model_id
 from .train_config import DTYPES, resolve_device
 
@@ -82,7 +82,7 @@ def model_sources(base: Any, memory: Any) -> list[Any]:
                 "memory: got none with a live base; give one, or as base the directory of a saved "
                 "mixture"
             )
-        if not _is_mixture(base):
+        if not is_mixture(base):
             raise ValueError(
                 f"memory: got none, and {base} is not the directory of a saved mixture, which "
                 "would bring its own; give a memory model (--memory), or as base a directory that "
@@ -93,16 +93,12 @@ def model_sources(base: Any, memory: Any) -> list[Any]:
     if None in memories:
         raise ValueError("memory: got None in a list of memories; leave it out")
     for name, source in [("base", base), *(("memory", one) for one in memories)]:
-        if _is_mixture(source):
+        if is_mixture(source):
             raise ValueError(
                 f"{name}: {_name(source)} is a mixture itself, with its own memories; "
                 + ("leave memory out" if name == "base" else "give a model of one network")
             )
     return [base, *memories]
-
-
-def _is_mixture(source: Any) -> bool:
-    return isinstance(load_config(source), MemoryMixtureConfig)
 
 
 def _name(source: Any) -> str:

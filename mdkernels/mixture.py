@@ -238,6 +238,7 @@ class MemoryMixture(PreTrainedModel, MixtureGenerationMixin):
         if use_cache and cache is None:
             cache = self.new_cache()
         views = cache.views if use_cache and cache is not None else [None] * len(self.models)
+        checks.check_restarts(self.models, views, input_ids.shape[1])
         padded = isinstance(attention_mask, Tensor) and attention_mask.dim() == 2
         if position_ids is None and padded:
             positions = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
@@ -253,6 +254,8 @@ class MemoryMixture(PreTrainedModel, MixtureGenerationMixin):
                 **{CACHE: view},
             )
             logits.append(output.logits)
+        if use_cache:
+            cache.count(input_ids.shape[1])
         weights = checks.weights_of_rows(self, mix_weight, *logits[0].shape[:2])
         mixed = self._mix(logits, weights, "base")
         loss = None

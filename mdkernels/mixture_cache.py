@@ -12,7 +12,7 @@ from dataclasses import fields
 from typing import Any
 
 from torch import Tensor
-from transformers import Cache, PreTrainedConfig
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -39,6 +39,9 @@ class MixtureCache(Cache):
                 )
         super().__init__(layers=[layer for cache in caches for layer in cache.layers])
         self.views = tuple(caches)
+        self.only_states = not attends(self)
+        """Whether no layer counts the tokens it has read, so that this cache has to."""
+        self.read = 0
 
     @classmethod
     def of(cls, configs: Sequence[PreTrainedConfig], max_cache_len: int | None) -> MixtureCache:
@@ -56,11 +59,31 @@ class MixtureCache(Cache):
         lengths = [layer.get_max_length() for layer, slides in layers if not slides]
         return min((length for length in lengths if length != -1), default=-1)
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """As of any cache."""
+        return self.read if self.only_states else super().get_seq_length(layer_idx)
+
+    def count(self, tokens: int) -> None:
+        """Note that every model has read `tokens` more."""
+        if self.only_states:  # otherwise a number that changes would compile a step anew
+            self.read += tokens
+
+    def reset(self) -> None:
+        """As of any cache."""
+        super().reset()
+        self.read = 0
+
+    @property
+    def is_static(self) -> bool:
+        """Whether masks have one length, that of the cache. (A state has no length at all.)"""
+        return self.is_compileable and not self.only_states
+
     @property
     def is_stateful(self) -> list[bool]:
         """Of each layer, whether it keeps a state that every token changes (Mamba, linear
         attention, short convolutions), and so cannot go back."""
-        return [hasattr(layer, "recurrent_states") for layer in self.layers]
+        kept = states(self)
+        return [i in kept for i in range(len(self.layers))]
 
     def crop(self, tokens_to_remove: int) -> None:
         """As of any cache: take a negative number of tokens off the end."""
@@ -77,5 +100,25 @@ def readable(mask: Any, cache: Cache | None, count: int) -> Any:
     its layers attends. (Mamba would multiply its inputs with all of it.)"""
     if cache is None or not isinstance(mask, Tensor) or mask.dim() != 2:
         return mask
-    attends = any(hasattr(layer, "keys") for layer in cache.layers)
-    return mask if attends else mask[:, -count:]
+    return mask if attends(cache) else mask[:, -count:]
+
+
+def attends(cache: Cache) -> bool:
+    """Whether a layer keeps keys and values, and so knows how many tokens it has read."""
+    return any(hasattr(layer, "get_seq_length") for layer in cache.layers)
+
+
+def restarts(model: PreTrainedModel) -> bool:
+    """Whether `model` reads several tokens at once as if nothing had come before them: in these
+    families the scan over a pass starts from zero, whatever the cache holds."""
+    return model.config.model_type in ("falcon_mamba", "jamba", "mamba", "zamba")
+
+
+def states(cache: Cache) -> list[int]:
+    """The layers that keep a state."""
+    return [i for i, layer in enumerate(cache.layers) if hasattr(layer, "recurrent_states")]
+
+
+def holds_state(cache: Cache) -> bool:
+    """Whether a layer has a state to go on from."""
+    return any(map(cache.has_previous_state, states(cache)))

@@ -12,9 +12,9 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, WatermarkingConfig
 
 from .mix_weight import check_weights
-from .mixture_cache import CACHE, MixtureCache
+from .mixture_cache import CACHE, MixtureCache, holds_state, restarts
 from .mixture_config import context_length
-from .models import model_id
+from .models import merge_hint, model_id
 from .ops.logit_mix.arguments import WEIGHT_SLACK
 
 NO_CONTINUOUS_BATCHING = (
@@ -80,7 +80,7 @@ def check_models(models: Sequence[Any]) -> list[PreTrainedModel]:
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"{name}: expected a live Hugging Face model, got {type(model).__name__}; "
-                "MemoryMixture.from_pretrained loads directories and hub ids"
+                "MemoryMixture.from_pretrained loads directories and hub ids" + merge_hint(model)
             )
         if hasattr(model, "mix_weight"):
             raise TypeError(
@@ -94,6 +94,12 @@ def check_models(models: Sequence[Any]) -> list[PreTrainedModel]:
                 f"{name}: {type(model).__name__} takes no {CACHE}, so it would forget what it read "
                 "between two tokens; use a family that does (RWKV does not)"
             )
+        if not model._supports_default_dynamic_cache():
+            raise TypeError(
+                f"{name}: {type(model).__name__} keeps what it read in a cache of its own kind, "
+                "which generate() cannot reorder or reset beside others; use a family with the "
+                "caches of transformers (xLSTM and the first MiniMax have others)"
+            )
         if model.device != base.device:
             raise ValueError(
                 f"memory {model_id(model)} is on {model.device}, base {model_id(base)} on "
@@ -104,6 +110,7 @@ def check_models(models: Sequence[Any]) -> list[PreTrainedModel]:
 
 def check_input_ids(models: Sequence[PreTrainedModel], input_ids: Tensor) -> None:
     """(B, T) int64 of ids that every model can read. Looks at the values: synchronises a GPU."""
+    _check_tensor(input_ids)
     if input_ids.dim() != 2 or input_ids.dtype != torch.int64:
         raise ValueError(
             f"input_ids: expected (batch, length) int64, got {tuple(input_ids.shape)} "
@@ -120,8 +127,17 @@ def check_input_ids(models: Sequence[PreTrainedModel], input_ids: Tensor) -> Non
             )
 
 
+def _check_tensor(input_ids: Any) -> None:
+    if not isinstance(input_ids, Tensor):
+        raise TypeError(
+            f"input_ids: expected a tensor, got {type(input_ids).__name__}; pass what a tokenizer "
+            'returns with return_tensors="pt" as generate(**batch)'
+        )
+
+
 def check_forward(mixture, input_ids: Tensor, labels: Tensor | None, keep: int | Tensor) -> None:
     """Of shapes only: this runs in a compiled step."""
+    _check_tensor(input_ids)
     if input_ids.dim() != 2:
         raise ValueError(f"input_ids: expected (batch, length), got {tuple(input_ids.shape)}")
     context = mixture.config.max_position_embeddings
@@ -130,6 +146,8 @@ def check_forward(mixture, input_ids: Tensor, labels: Tensor | None, keep: int |
             f"input_ids: {input_ids.shape[1]} tokens do not fit the shortest context of base and "
             f"memories, {context}"
         )
+    if labels is not None and not isinstance(labels, Tensor):
+        raise TypeError(f"labels: expected a tensor as input_ids, got {type(labels).__name__}")
     if labels is not None and (labels.shape != input_ids.shape or not _is_zero(keep)):
         raise ValueError(
             f"labels: expected {tuple(input_ids.shape)} as input_ids, with logits_to_keep=0, got "
@@ -151,6 +169,19 @@ def check_cache(cache: Any, models: Sequence[PreTrainedModel]) -> MixtureCache |
             "mixture.new_cache(max_cache_len) a static one"
         )
     return cache
+
+
+def check_restarts(models: Sequence[PreTrainedModel], views: Sequence[Any], count: int) -> None:
+    """Raise ValueError where a pass over `count` tokens would forget what the cache holds."""
+    if count == 1:
+        return
+    for model, view in zip(models, views, strict=True):
+        if restarts(model) and view is not None and holds_state(view):
+            raise ValueError(
+                f"cache: model {model_id(model)} ({model.config.model_type}) reads {count} tokens "
+                "at once as if nothing had come before them; pass custom_generate=fast_decode to "
+                "generate(), or the whole text without a cache and without prefill_chunk_size"
+            )
 
 
 def weights_of_rows(mixture, mix_weight: Any, batch: int, kept: int) -> list[float] | Tensor:
@@ -196,16 +227,16 @@ def check_generate(
     caches = [kwargs[name] for name in ("cache", "past_key_values") if kwargs.get(name) is not None]
     kwargs = {k: v for k, v in kwargs.items() if k not in ("cache", "past_key_values")}
     if caches:
-        kwargs[CACHE] = check_cache(caches[0], mixture.models)
+        cache = kwargs[CACHE] = check_cache(caches[0], mixture.models)
+        if cache.only_states and cache.read and kwargs.get("custom_generate") is None:
+            raise ValueError(
+                f"cache: none of its models counts what it has read ({cache.read} tokens), and "
+                "generate() would read them again; pass custom_generate=fast_decode, or no cache"
+            )
     prompt = kwargs.get("input_ids") if inputs is None else inputs
-    if isinstance(prompt, Tensor):
+    if prompt is not None:
         check_input_ids(mixture.models, prompt)
         _check_mask(prompt, kwargs.get("attention_mask"), bool(caches))
-    elif prompt is not None:
-        raise TypeError(
-            f"input_ids: expected a tensor, got {type(prompt).__name__}; pass what a tokenizer "
-            'returns with return_tensors="pt" as generate(**batch)'
-        )
     if kwargs.get("mix_weight") is None:
         return kwargs
     if getattr(config, "guidance_scale", None) or kwargs.get("guidance_scale"):

@@ -9,6 +9,8 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from .mix_weight import check_weights
+from .models import load_config
+from .ops.checks import number
 from .ops.logit_mix.arguments import TEMPERATURE_RANGE
 
 
@@ -76,16 +78,22 @@ class MemoryMixtureConfig(PreTrainedConfig):
 
 def check_temperature(memory_temperature: float) -> float:
     low, high = TEMPERATURE_RANGE
+    memory_temperature = number("memory_temperature", memory_temperature)
     if not low <= memory_temperature <= high:
         raise ValueError(
             f"memory_temperature must be > 0, within [{low:g}, {high:g}], got {memory_temperature}"
         )
-    return float(memory_temperature)
+    return memory_temperature
 
 
 def context_length(config: PreTrainedConfig) -> int | None:
     """How many tokens a model can read; None when its configuration does not say."""
     return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def is_mixture(source: Any) -> bool:
+    """Whether a directory, hub id or live model is a mixture. No weights are loaded."""
+    return isinstance(load_config(source), MemoryMixtureConfig)
 
 
 def _as_config(config: PreTrainedConfig | dict | None) -> PreTrainedConfig | None:

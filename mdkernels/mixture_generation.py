@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.masking_utils import create_masks_for_generate
 
 from . import mixture_checks as checks
-from .mixture_cache import CACHE, MixtureCache
+from .mixture_cache import CACHE, MixtureCache, attends, readable
 
 
 class MixtureGenerationMixin(GenerationMixin):
@@ -49,6 +49,9 @@ class MixtureGenerationMixin(GenerationMixin):
         """4-D masks per model, made outside the compiled step: a 2-D mask grows with each token."""
         masks: dict[str, Any] = {}
         for i, (model, view) in enumerate(zip(self.models, kwargs[CACHE].views, strict=True)):
+            if not attends(view):  # one mask for all layers, which does not grow
+                masks[f"{i}."] = readable(attention_mask, view, inputs_embeds.shape[1])
+                continue
             make = getattr(model, "create_masks_for_generate", create_masks_for_generate)
             options = {**kwargs, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
             mask = make(config=model.config, **{**options, CACHE: view})

@@ -40,6 +40,8 @@ class MixtureScorer:
     """
 
     def __init__(self, mixture: MemoryMixture):
+        if not isinstance(mixture, MemoryMixture):
+            raise TypeError(f"mixture: expected a MemoryMixture, got {type(mixture).__name__}")
         self.mixture, self.models = mixture, mixture.models
         self.context = mixture.config.max_position_embeddings
         # Ids that only some of the models have are padding rows, see MemoryMixture.

@@ -60,6 +60,34 @@ def load_model(
     return _load("model", load, name, dtype=dtype, **options).to(device).eval()
 
 
+def plain_model(model):
+    """The Hugging Face model in a peft wrapper, with its adapters in place; any other as it is.
+    Raises ValueError where the wrapper itself takes part, as in prompt tuning."""
+    if not hasattr(model, "get_base_model"):
+        return model
+    inner = model.get_base_model()
+    if inner is model.base_model:
+        raise ValueError(
+            f"model {model_id(model)}: its {type(model).__name__} adds a learned prompt, which its "
+            "layers alone do not have; pass adapters in layers (LoRA), or a model without"
+        )
+    return inner
+
+
+def check_source(name: str, source: Any) -> None:
+    """Raise TypeError unless a model could be `source` or be loaded from it."""
+    if not isinstance(source, (str, os.PathLike, nn.Module)):
+        raise TypeError(
+            f"{name}: expected a directory, a hub id or a live model, got {type(source).__name__}"
+        )
+
+
+def merge_hint(model: Any) -> str:
+    """The end of a message that refuses `model`: what to do if it is one of peft."""
+    wrapped = hasattr(model, "get_base_model")
+    return "; pass model.merge_and_unload(), which has the adapters added in" if wrapped else ""
+
+
 def load_config(name: str | os.PathLike | PreTrainedModel) -> PreTrainedConfig:
     """The configuration of a local directory, hub id or live model, without any weights."""
     if isinstance(name, PreTrainedModel):
@@ -111,6 +139,7 @@ def lm_head(model: PreTrainedModel) -> nn.Linear:
     if not isinstance(head, nn.Linear):
         raise ValueError(
             f"model {model_id(model)}: its LM head is {head!r}, expected a linear layer"
+            + ("; pass one of mixture.models" if hasattr(model, "mix_weight") else "")
         )
     return head
 
@@ -207,6 +236,7 @@ def _load(what: str, load: Callable[..., Any], name: str | os.PathLike, **option
     if not isinstance(name, (str, os.PathLike)):
         raise TypeError(
             f"{what}: expected a directory, a hub id or a live {what}, got {type(name).__name__}"
+            + merge_hint(name)
         )
     path = Path(name)
     partial = Path(f"{path}{PARTIAL}")

@@ -20,11 +20,11 @@ from .batches import Batch, WindowBatches
 from .corpus import Corpus, open_corpus, windows
 from .memory_loss import one_text_per_window
 from .mixture_config import context_length
-from .models import evaluating, lm_head, model_id
+from .models import evaluating, lm_head, model_id, plain_model
 from .ops.knn_targets import knn_targets
 from .ops.linear_token_logprobs import linear_token_logprobs
 from .ops.token_logprobs import token_logprobs
-from .value_checks import check_integer
+from .value_checks import check_range, check_sizes
 
 # Of a model whose logits have to be taken whole; one window is taken in any case.
 _LOGITS_BYTES = 512 << 20
@@ -54,7 +54,8 @@ def gold_logprobs(
     go through `linear_token_logprobs`.
 
     Args:
-        model: a live Hugging Face causal LM; runs on its device, in its dtype.
+        model: a live Hugging Face causal LM, or one with adapters of peft; runs on its device, in
+            its dtype.
         block: tokens a window reads; `stride`: how many it scores (None: block // 2).
         batch_size: windows per forward pass.
         rows: (start, stop) to score only these; their contexts are those of the whole corpus.
@@ -65,11 +66,18 @@ def gold_logprobs(
     Raises ValueError when the model cannot score this corpus: context, vocabulary, no linear head;
     FloatingPointError for NaN logits.
     """
-    corpus = open_corpus(corpus)
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(
+            f"model: expected a live Hugging Face causal LM, got {type(model).__name__}; "
+            "mdkernels.models.load_model loads one"
+        )
+    if autocast is not None and not isinstance(autocast, torch.dtype):
+        raise TypeError(f"autocast: expected a torch.dtype or None, got {autocast!r:.60}")
+    model, corpus = plain_model(model), open_corpus(corpus)
     check_sizes(block, stride, batch_size)
     stride = max(1, block // 2) if stride is None else stride
     _check_fits(model, corpus, block)
-    start, stop = (0, corpus.num_rows) if rows is None else rows
+    start, stop = (0, corpus.num_rows) if rows is None else check_range("rows", rows)
     if not 0 <= start < stop <= corpus.num_rows:
         raise ValueError(f"rows: ({start}, {stop}) is no range within [0, {corpus.num_rows}]")
     spans = np.asarray(windows(corpus.num_rows, block, stride), dtype=np.int64)
@@ -163,14 +171,6 @@ def unpadded(model) -> Iterator[None]:
         attributes.pop(name)
         if outer is not None:
             attributes[name] = outer
-
-
-def check_sizes(block: int, stride: int | None, batch_size: int) -> None:
-    """Raise ValueError unless windows can be cut so."""
-    check_integer("block", block, 1)
-    if stride is not None:
-        check_integer("stride", stride, 1, block)
-    check_integer("batch_size", batch_size, 1)
 
 
 def check_scorable(model, corpus: Corpus, block: int) -> None:

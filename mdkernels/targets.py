@@ -25,9 +25,11 @@ from .artifact_writer import ArtifactWriter
 from .corpus import Corpus
 from .datastore import Datastore, open_datastore
 from .index import Index, open_index
+from .ops.checks import number
 from .ops.knn_targets import knn_targets
 from .ops.sparse_targets import SparseTargets
 from .target_rows import LabelledTargets, TargetRows
+from .value_checks import check_integer, check_number
 
 DEFAULT_RELATIVE_TEMPERATURE = 0.05
 _STATS_ROWS = 1 << 18
@@ -145,8 +147,8 @@ def build_targets(
     config = _config(
         datastore, index, num_neighbors, knn_temperature, relative_temperature, probs_dtype
     )
-    if batch_size < 1:
-        raise ValueError(f"batch_size: must be at least 1, got {batch_size}")
+    check_integer("batch_size", batch_size, 1)
+    check_number("checkpoint_seconds", checkpoint_seconds, least=0)
     header = {
         "tokenizer_hash": datastore.tokenizer_hash,
         "vocab_size": datastore.vocab_size,
@@ -193,6 +195,7 @@ def _config(
     relative: float | None,
     probs_dtype: str,
 ) -> dict[str, Any]:
+    check_integer("num_neighbors", num_neighbors, 1)
     if num_neighbors < 2:
         raise ValueError(
             f"num_neighbors: must be at least 2, the row itself being one, got {num_neighbors}"
@@ -204,6 +207,10 @@ def _config(
             "knn_temperature, relative_temperature: give one of them, got "
             f"{absolute} and {relative}"
         )
+    if absolute is not None:
+        absolute = number("knn_temperature", absolute)
+    if relative is not None:
+        relative = number("relative_temperature", relative)
     scale = datastore.mean_squared_distance()
     if absolute is None:
         relative = DEFAULT_RELATIVE_TEMPERATURE if relative is None else relative

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import nn
+from transformers import PreTrainedTokenizerBase
 
 from .artifact import META, read_artifact
 from .models import load_tokenizer, tokenizer_hash
@@ -24,7 +25,7 @@ def check_tokenizers(models: Sequence[Any], corpora: Sequence[Any] = ()) -> None
     """
     seen: list[tuple[str, str, PreTrainedTokenizerBase | None]] = []
     for source in models:
-        if not isinstance(source, PreTrainedModel):
+        if not isinstance(source, nn.Module):
             check_trained(source)
             tokenizer = load_tokenizer(source)
             seen.append((f"model {source}", tokenizer_hash(tokenizer), tokenizer))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
+from numbers import Integral
 from typing import Any
 
 
@@ -28,6 +30,27 @@ def check_integer(name: str, value: Any, least: int, most: int | None = None) ->
     ):
         span = f">= {least}" if most is None else f"in [{least}, {most}]"
         raise ValueError(f"{name} must be an integer {span}, got {value!r}")
+
+
+def check_path(name: str, value: Any) -> None:
+    if not isinstance(value, (str, os.PathLike)):
+        raise TypeError(f"{name}: expected a path, got {value!r:.60}")
+
+
+def check_range(name: str, value: Any) -> tuple[int, int]:
+    """(start, stop), whatever the numbers are."""
+    pair = value if isinstance(value, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(one, Integral) for one in pair):
+        raise TypeError(f"{name}: expected (start, stop), two integers, got {value!r:.60}")
+    return int(pair[0]), int(pair[1])
+
+
+def check_sizes(block: int, stride: int | None, batch_size: int) -> None:
+    """Raise ValueError unless windows can be cut so."""
+    check_integer("block", block, 1)
+    if stride is not None:
+        check_integer("stride", stride, 1, block)
+    check_integer("batch_size", batch_size, 1)
 
 
 def check_number(

@@ -218,6 +218,18 @@ def test_existing_corpus_is_kept(tmp_path):
     assert open_corpus(tmp_path / "c").token_ids.tolist() == ids_of(DOCUMENTS[:2])
 
 
+@pytest.mark.parametrize("name", ["hf:", "hf: ", "hf::config"])
+def test_hub_datasets_need_a_name(tmp_path, name):
+    with pytest.raises(ValueError, match=rf"inputs: '{name}' names no dataset; expected hf:NAME"):
+        build_corpus(name, tiny_tokenizer(), tmp_path / "c")
+
+
+@pytest.mark.parametrize("inputs", [None, 3, [None], b"text"])
+def test_inputs_of_the_wrong_type(tmp_path, inputs):
+    with pytest.raises(TypeError, match="inputs: expected paths or dataset names, got"):
+        build_corpus(inputs, tiny_tokenizer(), tmp_path / "c")
+
+
 def test_hub_datasets_say_what_is_missing(tmp_path):
     try:
         import datasets

@@ -9,11 +9,15 @@ import torch
 from decode_fixtures import double_mixture
 from graph_tape import Tape
 from mixture_fixtures import greedy, left_padded, prompts
+from pipeline_fixtures import tiny_model
+from stateful_models import stateful_model
 from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import MistralConfig, MistralForCausalLM
 
 from mdkernels import cuda_graph, decode_loop, speculate
 from mdkernels.decode_loop import Decoded, DecodeStats, run
 from mdkernels.decode_rows import Request, Sampling
+from mdkernels.mixture import MemoryMixture
 
 NEW = 24
 
@@ -96,8 +100,7 @@ def late(monkeypatch):
         return copies[-1]
 
     monkeypatch.setattr(cuda_graph, "to_host", to_host)
-    watch = lambda request, rows: cuda_graph.LateWatch(rows.ended, rows.eos, request.emit)  # noqa: E731
-    monkeypatch.setattr(decode_loop, "_watch", watch)
+    monkeypatch.setattr(decode_loop, "_RUN_AHEAD", ("cpu",))
     return copies
 
 
@@ -121,6 +124,28 @@ def test_the_host_looks_late_and_cuts_what_was_decoded_too_far(late):
             assert int(asked.cache.get_seq_length()) == found.sequences.shape[1] - 1
             assert len(late) <= NEW // cuda_graph.EVERY
             assert sum(event.waited for _, event in late) <= len(late)
+
+
+@pytest.mark.parametrize("kind", ["state", "window"])
+def test_a_kept_cache_that_cannot_go_back_is_never_read_too_far(late, kind):
+    config = MistralConfig(sliding_window=4, **tiny_model("llama").config.to_dict())
+    memory = stateful_model("mamba") if kind == "state" else MistralForCausalLM(config).eval()
+    mixture = MemoryMixture(tiny_model("gpt2"), memory, 0.4)
+    row = prompts()[2]
+    free = greedy(mixture, row, NEW)
+    end = max(map(free.index, free))
+    options = {"eos": (free[end],), "pad": 9}
+    for keeps in (True, False):
+        asked = request(mixture, torch.tensor([row]), keeps_cache=keeps, **options)
+        asked.cache = mixture.new_cache()
+        found = run(asked)
+        assert found.sequences[0].tolist() == row + free[: end + 1]
+        if keeps:
+            assert int(asked.cache.get_seq_length()) == len(row) + end
+            ids = torch.tensor([row + free[: end + 1] + [5, 6]])
+            more = {"fresh": 3, "cache": asked.cache, "max_new_tokens": 4}
+            more = Request(mixture=mixture, input_ids=ids, mask=None, sampling=None, **more)
+            assert run(more).sequences[0, -4:].tolist() == greedy(mixture, ids[0].tolist(), 4)
 
 
 def test_tokens_are_shown_one_step_late_and_never_past_the_end(late):

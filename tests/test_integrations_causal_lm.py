@@ -203,6 +203,10 @@ def test_models_it_cannot_serve_are_refused(batch):
     for name in ("targets", "shift_labels", "input_ids"):
         with pytest.raises(ValueError, match=f"batch: has no {name}"):
             causal_lm_loss(model, {k: v for k, v in batch.items() if k != name})
+    with pytest.raises(TypeError, match="model: expected a live Hugging Face causal LM, got int"):
+        causal_lm_loss(3, batch)
+    with pytest.raises(TypeError, match=r"batch: expected a mapping .*, got list"):
+        causal_lm_loss(model, [batch])
     model.lm_head.forward = model.lm_head.forward
     with pytest.raises(ValueError, match="already replaced"):
         causal_lm_loss(model, batch)

@@ -83,6 +83,9 @@ def test_nan_of_the_teacher_shows():
         ({"token_ids": torch.zeros(2, 3, 4)}, TypeError, "ids: expected integers"),
         ({"mask": torch.ones(2, 4)}, ValueError, r"mask: expected \(2, 3, 4\) or \(2, 3\)"),
         ({"temperature": 0.0}, ValueError, "temperature: expected a positive number"),
+        ({"temperature": "a"}, TypeError, "temperature: expected a number, got 'a'"),
+        ({"token_ids": None}, TypeError, r"token_ids: expected a torch\.Tensor, got NoneType"),
+        ({"logprobs": None}, TypeError, r"logprobs: expected a torch\.Tensor, got NoneType"),
     ],
 )
 def test_bad_input_is_named(changes, error, message):

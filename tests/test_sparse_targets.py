@@ -349,3 +349,21 @@ def test_cat_widens_probabilities_and_needs_a_piece():
     assert listed(joined) == 2 * listed(csr(ROWS))
     with pytest.raises(ValueError, match="pieces: expected one or more"):
         SparseTargets.cat([])
+
+
+@pytest.mark.parametrize("value", ["a", None, 1.5, [3], torch.zeros(2)])
+def test_arguments_of_the_wrong_type(value):
+    targets = csr(ROWS)
+    for method in (targets.validate, targets.to_dense):
+        with pytest.raises(TypeError, match="vocab_size: expected an integer >= 0, got"):
+            method(value)
+    with pytest.raises(TypeError, match="num_rows: expected an integer >= 0, got"):
+        SparseTargets.empty(value)
+    with pytest.raises(TypeError, match="rows: expected two integers, got"):
+        targets.rows(0, value)
+    with pytest.raises(TypeError, match=r"pieces: expected (a list of )?SparseTargets, got"):
+        SparseTargets.cat(value)
+    with pytest.raises(ValueError, match="num_rows: expected an integer >= 0, got -1"):
+        SparseTargets.empty(-1)
+    with pytest.raises(TypeError, match=r"probs: expected a torch\.Tensor, got NoneType"):
+        SparseTargets.from_padded(torch.zeros(1, 2).long(), None)

@@ -57,6 +57,15 @@ def causal_lm_loss(
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f'reduction: expected "mean" or "sum", got {reduction!r}')
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model: expected a live Hugging Face causal LM, got {type(model).__name__}"
+        )
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"batch: expected a mapping as SparseTargetsCollator makes it, got "
+            f"{type(batch).__name__}"
+        )
     inner = _unwrap(model)
     head = lm_head(inner)
     for name in ("input_ids", "shift_labels"):
@@ -64,6 +73,8 @@ def causal_lm_loss(
             raise ValueError(
                 f"batch: has no {name}, got {sorted(batch)}; make it with SparseTargetsCollator"
             )
+        if not isinstance(batch[name], Tensor):
+            raise TypeError(f"batch: expected a tensor as {name}, got {type(batch[name]).__name__}")
     labels = batch["shift_labels"].reshape(-1)
     scored = batch.get("scored")
     if scored is None:
@@ -76,6 +87,8 @@ def causal_lm_loss(
                 f"batch: has no targets, which kl_weight {kl_weight} needs; got {sorted(batch)}"
             )
         targets = SparseTargets.empty(len(labels), device=labels.device)
+    if not isinstance(targets, SparseTargets):
+        raise TypeError(f"batch: expected SparseTargets as targets, got {type(targets).__name__}")
     targets = targets.to(labels.device, non_blocking=True)
 
     found: list[SparseKLOutput] = []

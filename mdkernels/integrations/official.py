@@ -27,6 +27,7 @@ from ..corpus import Corpus, open_corpus
 from ..ops.sparse_targets import SparseTargets
 from ..target_rows import check_labels, check_num_rows
 from ..targets import TargetStore
+from ..value_checks import check_path
 from .arrow_stream import arrow, read_batches, write_batches
 
 _BATCH_ROWS = 1 << 14
@@ -148,6 +149,9 @@ def write_targets(
         FileExistsError: `path` exists and `overwrite` is False.
         ImportError: pyarrow is not installed.
     """
+    check_path("path", path)
+    if not isinstance(targets, SparseTargets):
+        raise TypeError(f"targets: expected SparseTargets, got {type(targets).__name__}")
     pa = arrow()
     lists = {"token_id": pa.list_(pa.int32()), "prob": pa.list_(pa.float16())}
     schema = pa.schema([(name, lists.get(name, pa.int32())) for name in _TARGETS])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops.checks import plain_tensor
+from ..ops.checks import number, plain_tensor
 from ..ops.sparse_targets import SparseTargets
 
 # fp16 or bf16 log-probabilities of a whole distribution may add up to a little more than 1.
@@ -53,9 +53,10 @@ def from_topk_logprobs(
             probabilities sum to more than 1.05: these are logits, or padding that needs a mask.
         TypeError: ids that are no integers, log-probabilities that are no floats.
     """
-    for name, value in (("token_ids", token_ids), ("logprobs", logprobs), ("mask", mask)):
-        if value is not None:
-            plain_tensor(name, value)
+    plain_tensor("token_ids", token_ids)
+    plain_tensor("logprobs", logprobs)
+    if mask is not None:
+        plain_tensor("mask", mask)
     if not logprobs.is_floating_point():
         raise TypeError(f"logprobs: expected a floating dtype, got {logprobs.dtype}")
     if token_ids.shape != logprobs.shape or logprobs.ndim < 2:
@@ -63,7 +64,7 @@ def from_topk_logprobs(
             f"token_ids, logprobs: expected one shape (..., k), got {tuple(token_ids.shape)} and "
             f"{tuple(logprobs.shape)}"
         )
-    if not 0 < temperature < float("inf"):
+    if not 0 < number("temperature", temperature) < float("inf"):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     keep = token_ids >= 0
     if mask is not None:

@@ -157,6 +157,10 @@ class SparseTargetsCollator:
 
 def _check(number: int, example: Mapping[str, Any], renormalize: bool) -> dict[str, Any]:
     """The example with tensors, its labels shifted, and SparseTargets if it has any targets."""
+    if not isinstance(example, Mapping):
+        raise ValueError(
+            f"examples: number {number} is {type(example).__name__}, expected a mapping"
+        )
     unknown = sorted(set(example) - _KNOWN)
     if unknown:
         raise ValueError(

@@ -1,6 +1,8 @@
 """Argument checks shared by the operators. Every message names the argument, what came, what was
 expected and the way out."""
 
+import operator
+
 import torch
 from torch import Tensor
 
@@ -96,6 +98,17 @@ def integer(name: str, value) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name}: expected an int that fits 64 bits, got {value}")
+
+
+def count(name: str, value) -> int:
+    """An int >= 0, of whatever kind has an index."""
+    try:
+        value = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name}: expected an integer >= 0, got {value!r:.60}") from None
+    if value < 0:
+        raise ValueError(f"{name}: expected an integer >= 0, got {value}")
+    return value
 
 
 def number(name: str, value) -> float:

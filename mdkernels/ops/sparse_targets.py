@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .checks import find_fault, plain_tensor, raise_fault, within
+from .checks import count, find_fault, plain_tensor, raise_fault, within
 
 PROB_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
@@ -91,6 +92,7 @@ class SparseTargets:
             ValueError: offsets that do not ascend from 0 to nnz, an id outside [0, vocab_size), a
                 negative or non-finite probability.
         """
+        vocab_size = count("vocab_size", vocab_size)
         raise_fault(find_fault(self.row_offsets, self.token_ids, vocab_size), vocab_size)
         if not within(self.probs, 0, torch.finfo(self.probs.dtype).max):
             bad = ~(self.probs >= 0) | self.probs.isinf()
@@ -121,6 +123,12 @@ class SparseTargets:
 
     def rows(self, start: int, stop: int) -> SparseTargets:
         """Rows [start, stop) as views of token_ids and probs. Reads two offsets on the host."""
+        try:
+            start, stop = operator.index(start), operator.index(stop)
+        except TypeError:
+            raise TypeError(
+                f"rows: expected two integers, got [{start!r:.30}, {stop!r:.30})"
+            ) from None
         if not 0 <= start <= stop <= self.num_rows:
             raise IndexError(f"rows: [{start}, {stop}) is not within [0, {self.num_rows})")
         offsets = self.row_offsets[start : stop + 1]
@@ -156,6 +164,7 @@ class SparseTargets:
         Raises:
             ValueError: offsets or ids that `validate` refuses.
         """
+        vocab_size = count("vocab_size", vocab_size)
         raise_fault(find_fault(self.row_offsets, self.token_ids, vocab_size), vocab_size)
         dense = self.probs.new_zeros(self.num_rows, vocab_size)
         index = (self.row_ids(), self.token_ids.long())
@@ -180,9 +189,10 @@ class SparseTargets:
             mask: (N, K) bool, True where an entry counts; default: where probs > 0 or NaN, which is
                 left for the loss or `validate` to show.
         """
-        for name, value in (("ids", ids), ("probs", probs), ("mask", mask)):
-            if value is not None:
-                plain_tensor(name, value)
+        plain_tensor("ids", ids)
+        plain_tensor("probs", probs)
+        if mask is not None:
+            plain_tensor("mask", mask)
         if ids.dtype not in (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8):
             raise TypeError(f"ids: expected integers, got {ids.dtype}")
         if ids.ndim != 2 or ids.shape != probs.shape:
@@ -207,6 +217,7 @@ class SparseTargets:
     @classmethod
     def empty(cls, num_rows: int, device=None) -> SparseTargets:
         """num_rows rows without targets: what a cross-entropy-only step passes."""
+        num_rows = count("num_rows", num_rows)
         return cls(
             torch.zeros(num_rows + 1, dtype=torch.int64, device=device),
             torch.empty(0, dtype=torch.int32, device=device),
@@ -219,8 +230,17 @@ class SparseTargets:
 
         Probabilities take the widest dtype among the pieces. Raises ValueError without a piece.
         """
+        if not isinstance(pieces, (list, tuple)):
+            raise TypeError(
+                f"pieces: expected a list of SparseTargets, got {type(pieces).__name__}"
+            )
         if not pieces:
             raise ValueError("pieces: expected one or more SparseTargets, got none")
+        for piece in pieces:
+            if not isinstance(piece, SparseTargets):
+                raise TypeError(
+                    f"pieces: expected SparseTargets, got {type(piece).__name__} among them"
+                )
         lengths = torch.cat([piece.row_offsets.diff() for piece in pieces])
         offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64, device=lengths.device)
         torch.cumsum(lengths, 0, out=offsets[1:])
