@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from .mixture_cache import MixtureCache
 from .mixture_checks import check_input_ids
 from .mixture_config import context_length
 from .models import model_id
+from .ops.mix_sample.arguments import sampling as checked
 from .ops.mix_sample.philox import row_seeds
 
 TokenHook = Callable[[Tensor], None]
@@ -182,17 +182,7 @@ def _check(
 
 def check_sampling(temperature, top_k, top_p, min_p) -> dict | None:
     """Arguments of `mix_sample`, or None for greedy decoding."""
-    for name, value in (("temperature", temperature), ("top_p", top_p), ("min_p", min_p)):
-        if not isinstance(value, (int, float)):
-            raise ValueError(f"{name} must be a number, got {value!r}")
-    if not 0.0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be >= 0 and finite, got {temperature}")
-    if not isinstance(top_k, int) or top_k < 0:
-        raise ValueError(f"top_k must be an integer >= 0 (0: all), got {top_k!r}")
-    if not 0.0 < top_p <= 1.0:
-        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
-    if not 0.0 <= min_p <= 1.0:
-        raise ValueError(f"min_p must be in [0, 1], got {min_p}")
+    temperature, top_k, top_p, min_p = checked(temperature, top_k, top_p, min_p)
     if temperature == 0.0:
         return None
     return {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}

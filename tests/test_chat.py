@@ -132,4 +132,4 @@ def test_sampling_repeats_and_a_full_context_says_so(checkpoints, monkeypatch, c
     assert cli.main([*command, "--temperature", "-1"]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "temperature must be >= 0" in captured.err
+    assert "temperature: expected a finite number of at least 0, got -1" in captured.err
