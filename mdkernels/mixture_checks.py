@@ -15,7 +15,7 @@ from .mix_weight import check_weights
 from .mixture_cache import CACHE, MixtureCache, holds_state, restarts
 from .mixture_config import context_length
 from .models import merge_hint, model_id
-from .ops.logit_mix.arguments import WEIGHT_SLACK
+from .ops.logit_mix.arguments import WEIGHT_SLACK, weight_matrix
 
 NO_CONTINUOUS_BATCHING = (
     "a mixture has no continuous batching: its paged cache is built from one configuration, with "
@@ -190,26 +190,8 @@ def weights_of_rows(mixture, mix_weight: Any, batch: int, kept: int) -> list[flo
         return list(mixture.config.mix_weight)
     if not isinstance(mix_weight, Tensor):
         return list(check_weights(mix_weight, len(mixture.config.memories)))
-    weights = weight_matrix(mix_weight, len(mixture.config.memories), batch)
+    weights = weight_matrix(mix_weight, len(mixture.config.memories), batch, mix_weight.device)
     return weights[:, None].expand(-1, kept, -1).flatten(0, 1)
-
-
-def weight_matrix(weight: Tensor, memories: int, batch: int) -> Tensor:
-    """(batch, memories), from a tensor of any of the shapes that `MemoryMixture.forward` takes."""
-    shape = tuple(weight.shape)
-    if shape == (batch, memories):
-        return weight
-    if memories == 1 and shape in ((), (1,)):
-        return weight.reshape(1, 1).expand(batch, 1)
-    if memories == 1 and shape == (batch,):
-        return weight[:, None]
-    if memories > 1 and shape == (memories,):
-        return weight.expand(batch, memories)
-    either = f"({batch},)" if memories == 1 else f"({memories},)"
-    raise ValueError(
-        f"mix_weight: expected shape {either} or ({batch}, {memories}), rows by memories, got "
-        f"{shape}"
-    )
 
 
 def check_generate(
@@ -248,7 +230,7 @@ def check_generate(
     weight = kwargs["mix_weight"]
     if not isinstance(weight, Tensor):
         weight = torch.tensor(check_weights(weight, len(mixture.memories)))
-    weight = weight_matrix(weight.to(mixture.device), len(mixture.memories), batch)
+    weight = weight_matrix(weight.to(mixture.device), len(mixture.memories), batch, mixture.device)
     if not bool(((weight >= 0) & (weight <= 1)).all()):
         raise ValueError(f"mix_weight must be in [0, 1], got {weight.tolist()}")
     if bool((weight.double().sum(1) > 1 + WEIGHT_SLACK).any()):

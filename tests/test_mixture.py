@@ -85,7 +85,7 @@ def test_weights_of_one_call():
         assert torch.equal(
             two(ids, mix_weight=exact).logits, two(ids, mix_weight=torch.tensor(exact)).logits
         )
-        with pytest.raises(ValueError, match=r"expected shape \(2,\) or \(2, 2\)"):
+        with pytest.raises(ValueError, match=r"expected shape \(2,\), one per memory, or \(2, 2\)"):
             two(ids, mix_weight=torch.zeros(3))
         with pytest.raises(ValueError, match="got 1 weight"):
             two(ids, mix_weight=0.5)

@@ -55,7 +55,7 @@ def refused(mixture, monkeypatch, message, *args, error=ValueError, **options):
         ({"negative_prompt_ids": torch.ones(1, 2).long()}, "ignored without guidance_scale"),
         ({"mix_weight": 1.5}, r"mix_weight must be in \[0, 1\]"),
         ({"mix_weight": torch.tensor([float("nan")])}, r"mix_weight must be in \[0, 1\]"),
-        ({"mix_weight": torch.zeros(2)}, r"expected shape \(1,\) or \(1, 1\)"),
+        ({"mix_weight": torch.zeros(2)}, r"expected shape \(1,\), one per row, or \(1, 1\)"),
         ({"mix_weight": 0.5, "guidance_scale": 1.5}, "would not see it"),
         (
             {"generation_config": GenerationConfig(temperature=0.3, max_new_tokens=4)},

@@ -218,7 +218,7 @@ def _weights(mix_weight, memories: int, rows: int, device) -> tuple[Tensor | Non
             )
         return None, _with_base([mix_weight])
     if isinstance(mix_weight, Tensor):
-        return _weight_tensor(mix_weight, memories, rows, device), []
+        return weight_matrix(mix_weight, memories, rows, device), []
     if isinstance(mix_weight, Sequence) and not isinstance(mix_weight, str):
         if len(mix_weight) != memories:
             raise ValueError(
@@ -228,7 +228,7 @@ def _weights(mix_weight, memories: int, rows: int, device) -> tuple[Tensor | Non
         if not any(isinstance(weight, Tensor) for weight in mix_weight):
             return None, _with_base(mix_weight)
         columns = [
-            _weight_tensor(weight, 1, rows, device, f"mix_weight[{k}]")[:, 0]
+            weight_matrix(weight, 1, rows, device, f"mix_weight[{k}]")[:, 0]
             if isinstance(weight, Tensor)
             else torch.full((rows,), checks.probability(f"mix_weight[{k}]", weight), device=device)
             for k, weight in enumerate(mix_weight)
@@ -251,7 +251,8 @@ def _with_base(weights) -> list[float]:
     return [max(0.0, 1.0 - total), *weights]
 
 
-def _weight_tensor(weight: Tensor, memories: int, rows: int, device, name="mix_weight") -> Tensor:
+def weight_matrix(weight: Tensor, memories: int, rows: int, device, name="mix_weight") -> Tensor:
+    """(rows, memories), from a tensor of any of the shapes that `logit_mix` takes."""
     checks.plain_tensor(name, weight)
     if not weight.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating point dtype, got {weight.dtype}")
