@@ -80,7 +80,7 @@ def test_widths_and_dtypes(backend, dtype, width):
 
 
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
-@pytest.mark.interpreted(backend="triton", filters=[FILTERS["plain"], FILTERS["all"]])
+@pytest.mark.interpreted(backend="triton", filters=FILTERS["plain"])
 def test_real_width(backend, filters):
     base, memory = pair(fewer(backend, 3, 1), 50257, torch.bfloat16)
     with threads(2):
@@ -90,7 +90,7 @@ def test_real_width(backend, filters):
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 30.0])
-@pytest.mark.interpreted(backend="triton", spread=[0.0, 30.0])
+@pytest.mark.interpreted(backend="triton", spread=0.0)
 def test_flat_and_peaked_rows(backend, spread):
     rows = fewer(backend, 12, 1)
     base, memory = (logits(rows, 6001, seed=s, spread=spread) for s in (1, 2))
@@ -100,10 +100,10 @@ def test_flat_and_peaked_rows(backend, spread):
 
 @pytest.mark.interpreted(backend="triton")
 def test_ties_are_ranked_by_id(backend):
-    base = torch.randint(0, 3, (fewer(backend, 200, 3), 331), generator=generator(0)).float()
+    base = torch.randint(0, 3, (fewer(backend, 200, 2), 331), generator=generator(0)).float()
     for filters in ({"top_p": 0.4}, {"top_k": 20}, {"top_k": 200, "top_p": 0.7}):
         assert check(base, base.clone(), 0.5, backend, **filters) > 0.9
-    flat = torch.zeros(fewer(backend, 300, 14), 100)
+    flat = torch.zeros(fewer(backend, 300, 8), 100)
     drawn = mix_sample(flat, flat, 0.5, seeds=1, top_p=0.0151, backend=backend)
     assert set(drawn.tolist()) == {0, 1}
 
@@ -324,7 +324,7 @@ def test_inputs_that_require_grad(backend):
 def test_opcheck_and_compile(backend):
     base, memory = pair(2, 33)
     seeds, offsets = torch.arange(2), torch.zeros(2, dtype=torch.int64)
-    filters = (10, 0.9, 0.01)
+    filters = (0, 1.0, 0.01)
     base, memory, seeds, offsets = place((base, memory, seeds, offsets), backend)
     mix = (base, [memory], None, [0.7, 0.3], 1.0)
     torch.library.opcheck(
@@ -334,7 +334,7 @@ def test_opcheck_and_compile(backend):
 
     def step(b, m, s):
         return mdkernels.mix_sample(
-            b, m, 0.3, seeds=s, top_p=0.9, return_logprobs=True, backend=backend
+            b, m, 0.3, seeds=s, min_p=0.01, return_logprobs=True, backend=backend
         )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
