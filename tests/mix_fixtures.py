@@ -40,7 +40,6 @@ if PTX_TRITON:
     AVAILABLE.add("triton")
 # None of these looks at values on the host: a bad row is marked, not raised.
 UNCHECKED = AVAILABLE & {"cuda", "triton"}
-UNFILTERED = {"triton"}  # no top-k, top-p or min-p
 
 
 def fewer(backend: str, many: int, few: int) -> int:

@@ -64,19 +64,15 @@ def work() -> None:
                 ("mix_sample", {"seeds": seeds, "top_k": 20, "top_p": 0.9, "min_p": 0.01}),
             ):
                 for variant in (v for v in variants(op) if v.device == device):
-                    try:
-                        getattr(mdkernels, op)(
-                            base, memory, 0.3, backend=variant.backend, **options
-                        )
-                    except mdkernels.BackendUnavailable:  # filters: one backend has them
-                        continue
+                    getattr(mdkernels, op)(base, memory, 0.3, backend=variant.backend, **options)
                     note(op, variant.backend)
     places = torch.randn(2, 3, 400, device=device)
     ids = torch.randint(0, 400, (2, 2), device=device)
     for variant in (v for v in variants("mix_verify") if v.device == device):
         options = {"seeds": 1, "backend": variant.backend}
         mdkernels.mix_verify(places, places.flip(1), 0.3, ids, **options)
-        mdkernels.mix_verify(places, places.flip(1), 0.3, ids, temperature=0.7, **options)
+        for sampling in ({"temperature": 0.7}, {"top_k": 20, "top_p": 0.9, "min_p": 0.01}):
+            mdkernels.mix_verify(places, places.flip(1), 0.3, ids, **sampling, **options)
         note("mix_verify", variant.backend)
     distances = torch.rand(ROWS, 130, device=device)
     ids = torch.randint(0, 400, (ROWS, 130), device=device)

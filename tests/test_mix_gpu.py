@@ -23,8 +23,7 @@ def case(rows, width=50257):
     return base, memory, torch.full((rows,), 0.3, device="cuda")
 
 
-def filters(backend):
-    return {"top_k": 50, "top_p": 0.9} if backend == "cuda" else {}
+FILTERS = {"top_k": 50, "top_p": 0.9}
 
 
 def test_a_graph_draws_what_the_stream_draws(backend):
@@ -40,7 +39,7 @@ def test_a_graph_draws_what_the_stream_draws(backend):
             offsets=offsets,
             return_logprobs=True,
             backend=backend,
-            **filters(backend),
+            **FILTERS,
         )
         return (*drawn, mix_argmax(*mix, backend=backend), logit_mix(*mix, backend=backend))
 
@@ -61,17 +60,18 @@ def test_a_graph_draws_what_the_stream_draws(backend):
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_launches(backend, rows):
-    """One kernel in CUDA, two in Triton, and no copy."""
+    """One kernel in CUDA, two in Triton and four with filters, and no copy."""
     base, memory, weights = case(rows)
     seeds = torch.arange(rows, device="cuda")
+    mix = (base, memory, weights)
+    drawn = {"seeds": seeds, "offsets": seeds, "backend": backend}
     calls = (
-        lambda: mix_sample(
-            base, memory, weights, seeds=seeds, offsets=seeds, backend=backend, **filters(backend)
-        ),
-        lambda: mix_argmax(base, memory, weights, backend=backend),
-        lambda: logit_mix(base, memory, weights, backend=backend),
+        (2, lambda: mix_sample(*mix, **drawn)),
+        (4, lambda: mix_sample(*mix, **drawn, **FILTERS)),
+        (2, lambda: mix_argmax(*mix, backend=backend)),
+        (2, lambda: logit_mix(*mix, backend=backend)),
     )
-    for call in calls:
+    for in_triton, call in calls:
         call()
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -80,14 +80,14 @@ def test_launches(backend, rows):
         names = [
             e.name for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA
         ]
-        assert len(names) == (1 if backend == "cuda" else 2), names
+        assert len(names) == (1 if backend == "cuda" else in_triton), names
 
 
 @pytest.mark.parametrize("width", [50257, 151936])
 def test_a_row_does_not_depend_on_its_batch(backend, width):
     base, memory, weights = case(300, width)
     seeds = torch.arange(300, device="cuda") * 12345
-    options = {"seeds": seeds, "backend": backend, **filters(backend)}
+    options = {"seeds": seeds, "backend": backend, **FILTERS}
     many = mix_sample(base, memory, weights, **options)
     mixed = logit_mix(base, memory, weights, backend=backend)
     for row in (0, 7, 299):
@@ -136,7 +136,7 @@ def test_a_graph_verifies_what_the_stream_verifies(backend, temperature):
             offsets=offsets[rows],
             temperature=temperature,
             backend=backend,
-            **(filters(backend) if temperature == 0.8 else {}),
+            **(FILTERS if temperature == 0.8 else {}),
         )
 
     step()

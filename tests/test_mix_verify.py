@@ -10,7 +10,6 @@ from helpers import threads
 from mix_fixtures import (
     DTYPES,
     UNCHECKED,
-    UNFILTERED,
     fewer,
     generator,
     mix_argmax,
@@ -65,10 +64,6 @@ def check(base, memories, weights, backend, lengths=None, draft=0, seed=0, **opt
     seeds, offsets = streams(batch, seed)
     ids = drafts(q, seed)
     options |= {"seeds": seeds, "offsets": offsets, "draft_memory": draft, "backend": backend}
-    if {"top_k", "top_p", "min_p"} & set(filters) and backend in UNFILTERED:
-        with pytest.raises(BackendUnavailable, match="no top_k, top_p or min_p"):
-            mix_verify(base, memories, weights, ids, **options)
-        return 1.0
     got = mix_verify(base, memories, weights, ids, draft_lengths=lengths, **options)
     full = torch.full((batch,), drafted) if lengths is None else lengths
     accepted, tokens, clear = verify(
@@ -81,9 +76,12 @@ def check(base, memories, weights, backend, lengths=None, draft=0, seed=0, **opt
 
 
 @pytest.mark.parametrize("filters", FILTERS.values(), ids=FILTERS)
-@pytest.mark.interpreted(backend="triton", filters=[{}, {"temperature": 0.6}])
+@pytest.mark.interpreted(
+    backend="triton",
+    filters=[{}, {"temperature": 0.6}, FILTERS["top_p"], FILTERS["all"]],
+)
 def test_emits_the_tokens_of_the_specification(backend, filters):
-    batch = fewer(backend, 150, 5)
+    batch = fewer(backend, 150, 3)
     base, memory = case(batch, 4, 157, seed=3)
     lengths = lengths_of(batch, 4)
     assert check(base, memory, 0.4, backend, lengths, memory_temperature=1.2, **filters) > 0.95
@@ -158,6 +156,12 @@ def test_impossible_tokens(backend):
     assert (got.tokens[:, 0] >= 0).all()
     assert (~torch.isin(got.tokens[:, 0], torch.tensor([7, 9]))).all()
     assert len(got.tokens[:, 0].unique()) > batch // 10
+    best = base[:, 0].argmax(1)
+    got = mix_verify(base, base, 0.5, seven, top_k=1, **options)  # a filter leaves one token
+    assert torch.equal(got.tokens[:, 0], best)
+    got = mix_verify(base, base, 0.5, best[:, None], top_p=0.0, **options)
+    assert torch.equal(got.tokens[:, 0], best)
+    assert (got.num_accepted == 1).all()
 
 
 def greedy_tables(states, seed):
@@ -202,7 +206,7 @@ def test_greedy_speculation_is_greedy_decoding(backend):
 
 @pytest.mark.interpreted(backend="triton")
 def test_tokens_depend_on_their_own_row_only(backend):
-    batch = fewer(backend, 30, 6)
+    batch = fewer(backend, 30, 3)
     base, memory = case(batch, 3, 700)
     ids = drafts(distributions(base, memory, 0.3, 1.0)[1], 0)
     seeds, offsets = streams(batch)
@@ -210,10 +214,8 @@ def test_tokens_depend_on_their_own_row_only(backend):
 
     def run(rows):
         b, m, x, n, s, o = (item[rows] for item in every)
-        options = {} if backend in UNFILTERED else {"top_p": 0.95}
-        return mix_verify(
-            b, m, 0.3, x, draft_lengths=n, seeds=s, offsets=o, backend=backend, **options
-        )
+        options = {"seeds": s, "offsets": o, "top_p": 0.95, "backend": backend}
+        return mix_verify(b, m, 0.3, x, draft_lengths=n, **options)
 
     want = run(slice(None))
     order = torch.randperm(batch, generator=generator(0))
@@ -256,14 +258,16 @@ def test_places_without_a_distribution(backend, greedy):
     assert got.tokens[1].tolist() == [int(ids[1, 0] + 1) % 90, -1, -1]
     base[0, 2, 5] = math.nan
     if backend in UNCHECKED:
-        got = mix_verify(base[:2], memory[:2], 1e-6, ids[:2], **options)
-        end = got.tokens[0, got.num_accepted[0]]
-        assert end == -1 if got.num_accepted[0] == 2 else end >= 0
         nothing = torch.full_like(base[:1], math.nan)
-        for draft in (0, -1):  # neither stands for a token that nothing asks for
-            got = mix_verify(nothing, memory[:1], 0.5, torch.full((1, 2), draft), **options)
-            assert got.num_accepted.tolist() == [0]
-            assert got.tokens.tolist() == [[-1, -1, -1]]
+        for filters in ({}, {"top_k": 60, "top_p": 0.99}):
+            got = mix_verify(base[:2], memory[:2], 1e-6, ids[:2], **options, **filters)
+            end = got.tokens[0, got.num_accepted[0]]
+            assert end == -1 if got.num_accepted[0] == 2 else end >= 0
+            for draft in (0, -1):  # neither stands for a token that nothing asks for
+                draft_ids = torch.full((1, 2), draft)
+                got = mix_verify(nothing, memory[:1], 0.5, draft_ids, **options, **filters)
+                assert got.num_accepted.tolist() == [0]
+                assert got.tokens.tolist() == [[-1, -1, -1]]
         return
     always = {"mix_weight": 1e-6, "draft_ids": base[:1, :2].argmax(2), **options}
     one = [x[:1] * 30 for x in (base, memory)]  # peaked: all are accepted
@@ -292,17 +296,16 @@ def test_no_rows(backend):
 def test_opcheck_and_compile(backend):
     base, memory = case(2, 2, 33)
     ids, seeds = torch.tensor([[3, 4], [5, 6]]), torch.arange(2)
-    filters = (0, 1.0, 0.0) if backend in UNFILTERED else (10, 0.9, 0.01)
     base, memory, ids, seeds = place((base, memory, ids, seeds), backend)
     mix = (base.flatten(0, 1), [memory.flatten(0, 1)], None, [0.7, 0.3], 1.0)
     draft = (ids, torch.full_like(seeds, 2), 0, 1.1)
     torch.library.opcheck(
         torch.ops.mdk.mix_verify_forward.default,
-        (*mix, *draft, 0.9, *filters, seeds, seeds, backend),
+        (*mix, *draft, 0.9, 0, 1.0, 0.01, seeds, seeds, backend),
     )
 
     def step(b, m, w, x, s):
-        return mdkernels.mix_verify(b, m, w, x, seeds=s, top_p=filters[1], backend=backend)
+        return mdkernels.mix_verify(b, m, w, x, seeds=s, min_p=0.01, backend=backend)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     weights = torch.full_like(seeds, 0.3, dtype=torch.float32)

@@ -8,7 +8,6 @@ from helpers import threads
 from mix_fixtures import (
     ON_GPU,
     UNCHECKED,
-    UNFILTERED,
     logit_mix,
     mix_sample,
     mix_verify,
@@ -115,8 +114,6 @@ def pairs(tokens, first):
 def test_what_is_emitted_has_the_distribution_of_the_mixture(name, settings):
     """Pairs of neighbours in a chain: the first two tokens cover every way in which a cycle can
     end between or after them, the last two are in the middle of later cycles."""
-    if name in UNFILTERED and {"top_k", "top_p", "min_p"} & set(settings):
-        return
     filters = {k: x for k, x in settings.items() if k != "draft_temperature"}
     v = chain(filters)
     with threads(1):

@@ -29,10 +29,15 @@ def mixture(rows):
     return z, [z], None, [0.7, 0.3], 1.2
 
 
-def places(rows):
+def places(rows, *filters):
     ids, lengths = torch.zeros(rows, 4, dtype=torch.int64), torch.zeros(rows, dtype=torch.int64)
-    filters = (1.2, 0.7, 0, 1.0, 0.0)
-    mix_verify.forward(*mixture(5 * rows), ids, lengths, 0, *filters, lengths, lengths)
+    sampling = (1.2, 0.7, *filters)
+    mix_verify.forward(*mixture(5 * rows), ids, lengths, 0, *sampling, lengths, lengths)
+
+
+def chain(rows):
+    """Filters of as many values."""
+    return rows, 1.0 - rows / 20, rows / 50
 
 
 def loss(rows):
@@ -46,17 +51,19 @@ def seeds(rows):
     return torch.arange(rows + 1)[1:]  # in the middle of a larger tensor
 
 
-def draw(rows):
-    mix_sample.forward(*mixture(rows), 0.7, 0, 1.0, 0.0, seeds(rows), seeds(rows))
-    mix_sample.choose(*mixture(rows), seeds(rows), seeds(rows))
+def draw(rows, *filters):
+    mix_sample.forward(*mixture(rows), 0.7, *filters, seeds(rows), seeds(rows))
 
 
 CALLS = {
     "logit_mix": lambda rows: logit_mix.forward(*mixture(rows), True),
     "mix_argmax": lambda rows: mix_argmax.forward(*mixture(rows)),
-    "mix_sample": draw,
+    "mix_sample": lambda rows: draw(rows, 0, 1.0, 0.0),
+    "mix_sample_filtered": lambda rows: draw(rows, *chain(rows)),
+    "choose": lambda rows: mix_sample.choose(*mixture(rows), seeds(rows), seeds(rows)),
     "logprobs": lambda rows: mix_sample.logprobs(*mixture(rows), seeds(rows)),
-    "mix_verify": places,
+    "mix_verify": lambda rows: places(rows, 0, 1.0, 0.0),
+    "mix_verify_filtered": lambda rows: places(rows, *chain(rows)),
     "sparse_kl": loss,
 }
 

@@ -59,10 +59,7 @@ def _decode(suite: str, device: Device, shape: dict, filters: dict) -> GpuCase:
 
         return no_grad(call)
 
-    found = device.backends("mix_verify")
-    if filters["top_k"]:  # Triton has no filters
-        found = [backend for backend in found if backend != "triton"]
-    calls = {backend: ours(backend) for backend in found}
+    calls = {backend: ours(backend) for backend in device.backends("mix_verify")}
     mine = set(calls)
     calls["eager"] = eager(baselines.mix_verify)
     if suite == "full" and not filters["top_k"]:

@@ -97,6 +97,7 @@ def mix_argmax(arch):
 def mix_sample(arch):
     def call(mix, seeds):
         mix_sample_kernels.forward(*mix, 0.7, 0, 1.0, 0.0, seeds, seeds)
+        mix_sample_kernels.forward(*mix, 0.7, 50, 0.9, 0.01, seeds, seeds)
         mix_sample_kernels.logprobs(*mix, seeds)
         mix_sample_kernels.choose(*mix, seeds, seeds)
 
@@ -109,10 +110,12 @@ def mix_verify(arch):
 
     def call(mix, seeds):
         one, ids = seeds[:1], seeds[:1, None]
-        for temperature, draft_temperature in ((1.0, 1.2), (0.7, 0.84)):
-            mix_verify_kernels.forward(
-                *mix, ids, one, 0, draft_temperature, temperature, 0, 1.0, 0.0, one, one
-            )
+        for draft_temperature, *sampling in (
+            (1.2, 1.0, 0, 1.0, 0.0),
+            (0.84, 0.7, 0, 1.0, 0.0),
+            (0.84, 0.7, 50, 0.9, 0.01),
+        ):
+            mix_verify_kernels.forward(*mix, ids, one, 0, draft_temperature, *sampling, one, one)
 
     return _mixtures(arch, call)
 

@@ -61,7 +61,7 @@ def canonical(base_logits, memory_logits, mix_weight, memory_temperature) -> tup
     return base_logits, memories, row_weights, weights, memory_temperature
 
 
-def plain(op, base_logits, memory_logits, mix_weight, memory_temperature, backend, need=None):
+def plain(op, base_logits, memory_logits, mix_weight, memory_temperature, backend):
     """(backend module, arguments of `SCHEMA`) of an ordinary eager call, or None.
 
     Ordinary: two matrices that are neither subclasses nor views with a negation to be done, one
@@ -86,7 +86,7 @@ def plain(op, base_logits, memory_logits, mix_weight, memory_temperature, backen
     found = extension.plain_mixture(base_logits, memory_logits, mix_weight, torch.is_grad_enabled())
     if found is None:
         return None
-    module = dispatch.resolve_requested(op, backend, found[0], base_logits.dtype, False, need)
+    module = dispatch.resolve_requested(op, backend, found[0], base_logits.dtype)
     if not getattr(module, "PLAIN", False):
         return None
     return module, (base_logits, found, None, found[4], memory_temperature)

@@ -28,17 +28,12 @@ def _fake_logprobs(base_logits, memory_logits, *args):
     return base_logits.new_empty((base_logits.shape[0], 2 + len(memory_logits)), dtype=wide)
 
 
-def _needs_filters(*args):
-    return "filters" if filtered(*args[6:9]) else None
-
-
 _forward = dispatch.define(
     "mix_sample",
     "forward",
     f"({SCHEMA}, float temperature, int top_k, float top_p, float min_p, Tensor seeds, "
     "Tensor offsets, str backend) -> Tensor",
     lambda base_logits, *args: base_logits.new_empty(base_logits.shape[0], dtype=torch.int64),
-    need=_needs_filters,
 )
 _choose = dispatch.define(
     "mix_sample",
@@ -116,8 +111,7 @@ def mix_sample(
     quick = None
     if mode == "mixture" and not return_logprobs and plain_streams(seeds, offsets):
         op = "mix_argmax" if temperature == 0.0 else "mix_sample"
-        need = "filters" if filtered(top_k, top_p, min_p) else None
-        quick = plain(op, *given, backend, need)
+        quick = plain(op, *given, backend)
     module, arguments = quick or (None, canonical(*given))
     base = arguments[0]
     seeds, offsets = streams(seeds, offsets, base.shape[0], base.device, temperature > 0.0)

@@ -22,9 +22,9 @@ from ..logit_mix.triton_common import (
     weights_valid,
 )
 from ..triton_rows import launching
+from .triton_filter import cut, kept_scores
 
-__all__ = ["DTYPES", "LACKS", "choose", "forward", "logprobs"]
-LACKS = {"filters": "it has no top_k, top_p or min_p"}
+__all__ = ["DTYPES", "choose", "forward", "logprobs"]
 
 
 def forward(
@@ -55,6 +55,7 @@ def forward(
             shape = (2, made.rows, made.parts)
             keys, tops = base_logits.new_empty(shape, dtype=torch.float32)
             winners = base_logits.new_empty(shape[1:], dtype=torch.int32)
+            slope = min(1.0 / temperature, 1e30)
             draw_kernel[made.grid](
                 *made.models,
                 made.maxima,
@@ -66,7 +67,8 @@ def forward(
                 tokens,
                 seeds,
                 offsets,
-                min(1.0 / temperature, 1e30),
+                slope,
+                cut(made, temperature, slope, top_k, top_p, min_p),
                 **made.combined,
             )
     return tokens
@@ -214,6 +216,7 @@ def draw_kernel(
     seeds,
     positions,
     inverse_temperature,
+    cut,
     parts,
     share,
     splits,
@@ -223,33 +226,45 @@ def draw_kernel(
     pid = tl.program_id(0)
     row = (pid // splits).to(tl.int64)
     first = (pid % splits) * share
-    origins, log_sums, log_weights, valid = row_terms(
-        scales,
-        weights,
-        row_weights,
-        weight_stride,
-        weight_step,
-        maxima,
-        sums,
-        row,
-        parts,
-        False,
-        -1,
-        PARTS,
-    )
-    offsets = offsets_of(log_sums, log_weights)
+    if cut is None:
+        origins, log_sums, log_weights, valid = row_terms(
+            scales,
+            weights,
+            row_weights,
+            weight_stride,
+            weight_step,
+            maxima,
+            sums,
+            row,
+            parts,
+            False,
+            -1,
+            PARTS,
+        )
+        offsets = offsets_of(log_sums, log_weights)
+    else:
+        highest = tl.load(cut.best + row)
+        valid = highest == highest  # NaN: no distribution
     seed = tl.load(seeds + row)
     position = tl.load(positions + row)
     slope = inverse_temperature * LOG2E
     for part in range(first, tl.minimum(first + share, parts)):
         cols = part * BLOCK + tl.arange(0, BLOCK)
-        score = mix_logprobs(xs, strides, widths, scales, origins, offsets, row, cols)
+        some = True
+        if cut is None:
+            score = mix_logprobs(xs, strides, widths, scales, origins, offsets, row, cols)
+        else:
+            score = kept_scores(cut, row, cols)
+            some = tl.max(score, 0) > -float("inf")
         # The row's maximum is not known yet, so each part races against its own.
         top = tl.maximum(tl.max(score, 0), LOWEST)
-        q = tl.exp2((score - top) * slope)
-        key = exponentials(seed, position, part * BLOCK, BLOCK, 0) / q
-        key = tl.where(key == key, key, float("inf"))  # NaN: the row is not valid
-        fastest, at = tl.min(key, 0, return_indices=True, return_indices_tie_break_left=True)
+        fastest = tl.full((), float("inf"), tl.float32)
+        at = tl.full((), 0, tl.int32)
+        if some:
+            q = tl.exp2((score - top) * slope)
+            key = exponentials(seed, position, part * BLOCK, BLOCK, 0) / q
+            key = tl.where(key == key, key, float("inf"))  # NaN: the row is not valid
+            fastest, at = tl.min(key, 0, return_indices=True, return_indices_tie_break_left=True)
         tl.store(keys + row * parts + part, fastest)
         tl.store(tops + row * parts + part, top)
         tl.store(winners + row * parts + part, part * BLOCK + at)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..logit_mix.arguments import SCHEMA, TEMPERATURE_RANGE, canonical, unrecorded
-from ..mix_sample.arguments import filtered, sampling, streams
+from ..mix_sample.arguments import sampling, streams
 
 
 class MixVerifyOutput(NamedTuple):
@@ -17,10 +17,6 @@ class MixVerifyOutput(NamedTuple):
 
     num_accepted: Tensor  # (B,) int64, drafted tokens that stay
     tokens: Tensor  # (B, G + 1) int64: those, the token that follows them, then -1
-
-
-def _needs(*args):
-    return "filters" if args[9] > 0.0 and filtered(*args[10:13]) else None
 
 
 _forward = dispatch.define(
@@ -33,7 +29,6 @@ _forward = dispatch.define(
         torch.empty_like(args[6]),
         args[5].new_empty((args[5].shape[0], args[5].shape[1] + 1)),
     ),
-    need=_needs,
 )
 
 
