@@ -42,7 +42,7 @@ if PTX_TRITON:
 UNCHECKED = AVAILABLE & {"cuda", "triton"}
 
 
-def fewer(backend: str, many: int, few: int) -> int:
+def fewer(backend: str, many, few):
     """`many`, but `few` where a GPU is imitated: that takes milliseconds per row."""
     imitated = {"triton": INTERPRETED or PTX_TRITON, "cuda": cuda_host.PATH}.get(backend)
     return few if imitated else many

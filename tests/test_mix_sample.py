@@ -100,40 +100,6 @@ def test_flat_and_peaked_rows(backend, spread):
 
 
 @pytest.mark.interpreted(backend="triton")
-def test_ties_are_ranked_by_id(backend):
-    base = torch.randint(0, 3, (fewer(backend, 200, 2), 331), generator=generator(0)).float()
-    for filters in ({"top_p": 0.4}, {"top_k": 20}, {"top_k": 200, "top_p": 0.7}):
-        assert check(base, base.clone(), 0.5, backend, **filters) > 0.9
-    flat = torch.zeros(fewer(backend, 300, 8), 100)
-    drawn = mix_sample(flat, flat, 0.5, seeds=1, top_p=0.0151, backend=backend)
-    assert set(drawn.tolist()) == {0, 1}
-
-
-AWKWARD = {
-    "top_k_1": {"top_k": 1},
-    "top_k_past_the_mask": {"top_k": 7, "min_p": 0.5},
-    "top_k_all": {"top_k": 1031, "top_p": 0.6},
-    "top_p_0": {"top_p": 0.0},
-    "top_p_tiny": {"top_p": 1e-9, "temperature": 50.0},
-    "top_p_near_1": {"top_p": 1.0 - 1e-9, "temperature": 0.01},
-    "min_p_1": {"min_p": 1.0},
-}
-
-
-@pytest.mark.parametrize("filters", AWKWARD.values(), ids=AWKWARD)
-@pytest.mark.interpreted(backend="triton", filters=[AWKWARD["top_k_past_the_mask"]])
-def test_filters_of_awkward_rows(backend, filters):
-    """Equal logits, one token, three tokens in two parts, steps of 1e4, two values."""
-    rows = torch.zeros(5, 1031)
-    rows[1:3] = -math.inf
-    rows[1, 700] = 3.0
-    rows[2, [3, 4, 1030]] = torch.tensor([1.0, 2.0, 1.0])
-    rows[3] = 1e4 * torch.arange(1031)[torch.randperm(1031, generator=generator(0))]
-    rows[4, 5::7] = 1.0
-    check(rows, rows.clone(), 0.5, backend, **filters)
-
-
-@pytest.mark.interpreted(backend="triton")
 def test_masks_shifts_row_weights_and_memories(backend):
     rows = fewer(backend, 60, 8)
     base, memory = pair(rows, 900)
@@ -350,7 +316,8 @@ def test_inputs_that_require_grad(backend):
 def test_opcheck_and_compile(backend):
     base, memory = pair(2, 33)
     seeds, offsets = torch.arange(2), torch.zeros(2, dtype=torch.int64)
-    filters = (0, 1.0, 0.01)
+    # Imitated, a search takes its time, and what is looked at here does not depend on it.
+    filters = fewer(backend, (10, 0.9, 0.01), (0, 1.0, 0.01))
     base, memory, seeds, offsets = place((base, memory, seeds, offsets), backend)
     mix = (base, [memory], None, [0.7, 0.3], 1.0)
     torch.library.opcheck(
@@ -360,7 +327,7 @@ def test_opcheck_and_compile(backend):
 
     def step(b, m, s):
         return mdkernels.mix_sample(
-            b, m, 0.3, seeds=s, min_p=0.01, return_logprobs=True, backend=backend
+            b, m, 0.3, seeds=s, top_p=filters[1], min_p=0.01, return_logprobs=True, backend=backend
         )
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")

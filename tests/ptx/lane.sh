@@ -12,7 +12,8 @@ export OMP_NUM_THREADS=1 MDK_SHIM_DEVICE="${MDK_SHIM_DEVICE:-90,132,232448}"
 
 losses="tests/test_sparse_kl.py tests/test_sparse_kl_inplace.py tests/test_token_logprobs.py"
 composed="tests/test_linear_sparse_kl.py tests/test_linear_token_logprobs.py tests/test_linear_autograd.py"
-mixtures="tests/test_logit_mix.py tests/test_mix_argmax.py tests/test_mix_sample.py tests/test_mix_verify.py"
+mixtures="tests/test_logit_mix.py tests/test_mix_argmax.py tests/test_mix_sample.py
+  tests/test_mix_filters.py tests/test_mix_verify.py"
 cuda="tests/test_cuda_host.py tests/test_mix_cuda_host.py tests/test_knn_targets_gpu.py"
 few_cuda="cuda_host or knn or 50257 or gpt2 or (widths and bfloat16)"
 few_triton="triton and ((bfloat16 and (normal or widths and 4097)) or matches_the_loop or 5003-dtype1)"
