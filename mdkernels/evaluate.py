@@ -83,10 +83,6 @@ def evaluate(
     )
     check_sizes(block, stride, batch_size)
     check_choice("dtype", dtype, tuple(DTYPES))
-    base, *memories = [
-        _one_model("base" if i == 0 else "memory", source)
-        for i, source in enumerate([base, *memories])
-    ]
     corpus = open_corpus(corpus)
     valid = None if valid is None else open_corpus(valid)
     weights = None if mix_weight is None else check_weights(mix_weight, len(memories))
@@ -94,6 +90,10 @@ def evaluate(
         check_path("out", out)
     plotted = plot_path(Path(out), bool(memories)) if plot and out is not None else None
     _check_plan(memories, corpus, valid, weights, [out, plotted], overwrite)
+    base, *memories = [
+        _one_model("base" if i == 0 else "memory", source)
+        for i, source in enumerate([base, *memories])
+    ]
     corpora = [corpus] + ([valid] if valid is not None else [])
     check_tokenizers([base, *memories], corpora)
     for source, one in itertools.product([base, *memories], corpora):
