@@ -26,7 +26,7 @@ from .corpus import Corpus, open_corpus, windows
 from .models import capture_keys, check_source, evaluating, load_model, model_hash, model_id
 from .tokenizer_check import check_tokenizers
 from .train_config import resolve_device
-from .value_checks import check_number, check_sizes
+from .value_checks import check_seconds, check_sizes
 
 _SAMPLE_ROWS = 1 << 16
 
@@ -119,7 +119,7 @@ def build_datastore(
         check_tokenizers([model], [corpus])
         model = load_model(model, dtype=dtype, device=resolve_device(device))
     check_sizes(block, stride, batch_size)
-    check_number("checkpoint_seconds", checkpoint_seconds, least=0)
+    check_seconds("checkpoint_seconds", checkpoint_seconds)
     stride = max(1, block // 2) if stride is None else stride
     spans = windows(corpus.num_rows, block, stride)
     _check_model(model, corpus, min(block, corpus.num_rows))

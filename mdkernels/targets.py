@@ -29,7 +29,7 @@ from .ops.checks import number
 from .ops.knn_targets import knn_targets
 from .ops.sparse_targets import SparseTargets
 from .target_rows import LabelledTargets, TargetRows
-from .value_checks import check_integer, check_number
+from .value_checks import check_integer, check_seconds
 
 DEFAULT_RELATIVE_TEMPERATURE = 0.05
 _STATS_ROWS = 1 << 18
@@ -148,7 +148,7 @@ def build_targets(
         datastore, index, num_neighbors, knn_temperature, relative_temperature, probs_dtype
     )
     check_integer("batch_size", batch_size, 1)
-    check_number("checkpoint_seconds", checkpoint_seconds, least=0)
+    check_seconds("checkpoint_seconds", checkpoint_seconds)
     header = {
         "tokenizer_hash": datastore.tokenizer_hash,
         "vocab_size": datastore.vocab_size,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import os
-from numbers import Integral
+from collections.abc import Iterable
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -39,10 +40,15 @@ def check_path(name: str, value: Any) -> None:
 
 def check_range(name: str, value: Any) -> tuple[int, int]:
     """(start, stop), whatever the numbers are."""
-    pair = value if isinstance(value, (tuple, list)) else ()
+    pair = tuple(value) if isinstance(value, Iterable) else ()
     if len(pair) != 2 or not all(isinstance(one, Integral) for one in pair):
         raise TypeError(f"{name}: expected (start, stop), two integers, got {value!r:.60}")
     return int(pair[0]), int(pair[1])
+
+
+def check_seconds(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or not value >= 0:
+        raise ValueError(f"{name} must be a number of seconds >= 0 (inf: never), got {value!r}")
 
 
 def check_sizes(block: int, stride: int | None, batch_size: int) -> None:

@@ -1,5 +1,8 @@
 """Arguments of the wrong type in the Python functions of the stages: the message names them."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from pipeline_fixtures import tiny_documents, tiny_model, tiny_tokenizer
@@ -10,7 +13,7 @@ from mdkernels.corpus import build_corpus
 from mdkernels.datastore import build_datastore
 from mdkernels.decode import decode
 from mdkernels.evaluate import evaluate, gold_logprobs
-from mdkernels.integrations import SparseTargetsCollator, causal_lm_loss
+from mdkernels.integrations import SparseTargetsCollator, causal_lm_loss, from_topk_logprobs
 from mdkernels.mixture import MemoryMixture
 from mdkernels.mixture_scoring import MixtureScorer
 from mdkernels.targets import build_targets
@@ -72,3 +75,18 @@ def test_batches(value):
         refused("batch", causal_lm_loss, tiny_model("llama"), batch | {name: value})
     with pytest.raises(ValueError, match="examples: number 1 is int, expected a mapping"):
         SparseTargetsCollator()([example, 3])
+
+
+def test_what_is_as_good_is_taken(made, tmp_path):
+    """Numbers of numpy, no limit, text that is a number, any iterable."""
+    _, corpus = made
+    options = {"block": 32, "checkpoint_seconds": math.inf}
+    assert build_datastore(corpus, tiny_model("llama"), tmp_path / "a", **options).num_rows
+    options["checkpoint_seconds"] = np.float32(60)
+    assert build_datastore(corpus, tiny_model("llama"), tmp_path / "b", **options).num_rows
+    for rows in (np.array([0, 5]), iter((0, 5))):
+        assert len(gold_logprobs(tiny_model("llama"), corpus, block=32, rows=rows)) == 5
+    targets = SparseTargets.empty(2)
+    assert SparseTargets.cat({1: targets, 2: targets}.values()).num_rows == 4
+    ids, logprobs = torch.tensor([[1, 2]]), torch.tensor([[0.5, 0.5]]).log()
+    assert from_topk_logprobs(ids, logprobs, temperature="2").probs.tolist() == [0.5, 0.5]

@@ -64,7 +64,8 @@ def from_topk_logprobs(
             f"token_ids, logprobs: expected one shape (..., k), got {tuple(token_ids.shape)} and "
             f"{tuple(logprobs.shape)}"
         )
-    if not 0 < number("temperature", temperature) < float("inf"):
+    temperature = number("temperature", temperature)
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature: expected a positive number, got {temperature}")
     keep = token_ids >= 0
     if mask is not None:

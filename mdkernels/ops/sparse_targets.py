@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -225,15 +225,16 @@ class SparseTargets:
         )
 
     @classmethod
-    def cat(cls, pieces: Sequence[SparseTargets]) -> SparseTargets:
+    def cat(cls, pieces: Iterable[SparseTargets]) -> SparseTargets:
         """The rows of all `pieces`, one after the other, in new tensors: `torch.cat` for targets.
 
         Probabilities take the widest dtype among the pieces. Raises ValueError without a piece.
         """
-        if not isinstance(pieces, (list, tuple)):
+        if not isinstance(pieces, Iterable):
             raise TypeError(
                 f"pieces: expected a list of SparseTargets, got {type(pieces).__name__}"
             )
+        pieces = list(pieces)
         if not pieces:
             raise ValueError("pieces: expected one or more SparseTargets, got none")
         for piece in pieces:
